@@ -1,0 +1,301 @@
+"""Editing: from validated facts to a new delta and a new memory, one batch at a time, each batch a transaction."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from .adapter import base_model, module_reports, solve_all, solve_module, transaction
+from .architectures import block_index, find_blocks
+from .facts import Fact, FactError
+from .hooks import evaluating
+from .memory import EditMemory, EditRecord
+from .prompts import FactPrompts, PromptEncoder, context_window, generate_contexts
+from .reading import read_at_subject
+from .report import EditReport, FactReport
+from .residual import ResidualPath, probe_residual_path
+from .scoring import score_targets
+from .search import SearchResult, SearchSettings, search_targets
+from .statistics import KeyStatistics, collect_statistics, sample_texts
+
+
+if TYPE_CHECKING:
+    from .model import EditModel
+
+
+@dataclass
+class _Stopwatch:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+class FactEditor:
+    """Writes facts into one adapter. Made for one call of `edit_facts`.
+
+    Args:
+        tuner (`EditModel`): The wrapped model.
+        adapter_name (`str`): The adapter, as `editable_adapter` gave it.
+        tokenizer: The model's tokenizer.
+        statistics (`KeyStatistics`, *optional*): Key statistics to use from now on.
+        search_slots (`int`): Facts searched at the same time.
+        full_search (`bool`): Run the search on whole sequences.
+        strict (`bool`): Raise when a fact's search diverges, instead of leaving the fact out.
+        progress (`bool`): Show a progress bar.
+    """
+
+    def __init__(
+        self,
+        tuner: EditModel,
+        adapter_name: str,
+        tokenizer: Any,
+        statistics: KeyStatistics | None = None,
+        search_slots: int = 32,
+        full_search: bool = False,
+        strict: bool = False,
+        progress: bool = True,
+    ) -> None:
+        self.tuner = tuner
+        self.adapter_name = adapter_name
+        self.tokenizer = tokenizer
+        self.full_search = full_search
+        self.strict = strict
+        self.progress = progress
+        self.config = tuner.peft_config[adapter_name]
+        self.model = tuner.model
+        self.layers = tuner.edit_layers(adapter_name)
+        self.blocks = list(find_blocks(self.model)[1])
+        self.block_of = {name: block_index(name) for name in self.layers}
+        self.last = list(self.layers)[-1]
+        embedding = self.model.get_input_embeddings()
+        self.encoder = PromptEncoder(tokenizer, embedding.num_embeddings, context_window(self.model.config))
+        self.watch = _Stopwatch()
+        self.paths: dict[str, ResidualPath | None] = {}
+        self.given_statistics = statistics
+        self.settings = SearchSettings(
+            early_stopping=self.config.early_stopping,
+            extra_steps=self.config.mpes_extra_steps,
+            steps=self.config.search_steps,
+            lr=self.config.search_lr,
+            weight_decay=self.config.search_weight_decay,
+            kl_weight=self.config.search_kl_weight,
+            max_norm=self.config.search_max_norm,
+            slots=search_slots,
+        )
+
+    def run(self, facts: Sequence[Fact], batch_size: int) -> EditReport:
+        """Edits all facts in batches; see `EditModel.edit_facts`."""
+        report = EditReport()
+        with evaluating(self.model):
+            with self.watch("preparation"):
+                memory = self._prepared_memory()
+                self._check_ids(facts, memory)
+                encoded = self._encode(facts, memory.contexts)
+            with tqdm(total=len(facts), desc="Editing", unit="facts", disable=not self.progress) as bar:
+                for start in range(0, len(facts), batch_size):
+                    part = slice(start, start + batch_size)
+                    with transaction(self.tuner, self.adapter_name):
+                        if self.config.memory is None or self.config.memory.statistics is not memory.statistics:
+                            self._adopt(memory)
+                        report.facts += self._edit_batch(facts[part], encoded[part], bar.update)
+                    report.norms.append(
+                        {
+                            name: float(layer.get_delta(self.adapter_name).double().norm()) / layer.base_norm()
+                            for name, layer in self.layers.items()
+                        }
+                    )
+        report.modules = module_reports(self.tuner, self.adapter_name)
+        report.seconds = self.watch.seconds
+        report.facts_held = len(self.config.memory)
+        return report
+
+    # --- before the first batch ----------------------------------------------------------------------------------
+
+    def _prepared_memory(self) -> EditMemory:
+        """The adapter's memory, or a new one; with statistics and contexts, and checked against the model."""
+        memory = self.config.memory
+        statistics = self.given_statistics or (memory.statistics if memory is not None else None)
+        if statistics is None:
+            statistics = self._sampled_statistics()
+        statistics.check(self.model, list(self.layers))
+        statistics = (
+            statistics.subset(list(self.layers)) if set(statistics.second_moments) != set(self.layers) else statistics
+        )
+        if memory is not None:
+            return memory if statistics is memory.statistics else memory.with_statistics(statistics)
+        with base_model(self.tuner) as model:
+            contexts = generate_contexts(model, self.tokenizer, self.config.num_contexts, self.config.seed)
+        return EditMemory(statistics=statistics, contexts=contexts)
+
+    def _adopt(self, memory: EditMemory) -> None:
+        if len(memory):
+            solve_all(self.tuner, self.adapter_name, memory)  # other statistics: solve again what is there
+        else:
+            self.config.memory = memory
+
+    def _sampled_statistics(self) -> KeyStatistics:
+        widest = max(layer.in_features for layer in self.layers.values())
+        warnings.warn(
+            f"No key statistics were given: sampling {10 * widest} tokens of text from the model itself. For the best "
+            "locality collect them once from ordinary text: collect_statistics(texts, tokenizer).",
+            stacklevel=2,
+        )
+        with base_model(self.tuner) as model:
+            texts = sample_texts(model, self.tokenizer, 10 * widest, seed=self.config.seed)
+            return collect_statistics(model, self.tokenizer, texts, list(self.layers), source="sampled from the model")
+
+    def _check_ids(self, facts: Sequence[Fact], memory: EditMemory) -> None:
+        held = {record.id: record for record in memory.records}
+        for index, fact in enumerate(facts):
+            record = held.get(fact.fact_id)
+            if record is not None and record.key != fact.key:
+                raise FactError(
+                    f"Nothing was edited, fact {index} has the id {fact.fact_id!r}, under which the adapter holds "
+                    f"another fact ({record.prompt!r} on {record.subject!r}): choose another id."
+                )
+
+    def _encode(self, facts: Sequence[Fact], contexts: Sequence[str]) -> list[FactPrompts]:
+        encoded = []
+        for index, fact in enumerate(facts):
+            try:
+                encoded.append(self.encoder.encode_fact(fact, contexts))
+            except FactError as error:
+                raise FactError(f"Nothing was edited, fact {index}: {error}") from None
+        return encoded
+
+    def _path(self, name: str, prompts: FactPrompts) -> ResidualPath | None:
+        if name not in self.paths:
+            row = prompts.rows[0]
+            device = self.model.get_input_embeddings().weight.device
+            ids = torch.tensor([row.ids[: row.prompt_length]], device="cpu" if device.type == "meta" else device)
+            self.paths[name] = probe_residual_path(
+                self.model, self.blocks[self.block_of[name]], self.layers[name], ids
+            )
+            if self.paths[name] is None and len(self.layers) > 1:
+                raise ValueError(
+                    f"The output of '{name}' does not reach the residual stream by addition, scaling or an RMS norm, "
+                    "so a target cannot be spread over several layers of this architecture: edit one layer "
+                    "(layers_to_transform=[k])."
+                )
+        return self.paths[name]
+
+    # --- one batch -----------------------------------------------------------------------------------------------
+
+    def _edit_batch(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], advance: Any) -> list[FactReport]:
+        memory = self.config.memory
+        by_key = {record.key: record for record in memory.records}
+        replaced = [by_key.get(fact.key) for fact in facts]
+        outdated = {record.id for record in replaced if record is not None}
+        if outdated:
+            with self.watch("solve"):
+                solve_all(self.tuner, self.adapter_name, memory.without(outdated))
+            memory = self.config.memory
+        with self.watch("search"):
+            found = search_targets(
+                self.model,
+                self.blocks,
+                self.block_of[self.last],
+                self.layers[self.last],
+                self._path(self.last, prompts[0]),
+                prompts,
+                self.settings,
+                on_finished=advance,
+                force_full=self.full_search,
+            )
+        written = self._usable(facts, found)
+        if any(written):
+            kept = [index for index, good in enumerate(written) if good]
+            self._write(memory, [facts[i] for i in kept], [prompts[i] for i in kept], found, kept)
+        with self.watch("check"):
+            pairs = [(row.ids[: row.prompt_length], row.target_ids) for row in (fact.rows[0] for fact in prompts)]
+            scores = score_targets(self.model, pairs)
+        return [
+            FactReport(
+                id=fact.fact_id,
+                subject=fact.subject,
+                prompt=fact.prompt,
+                target=fact.target,
+                written=written[index],
+                converged=bool(found.converged[index]),
+                steps=int(found.steps[index]),
+                search_probability=float(found.probability[index]),
+                probability=float(scores.log_probability[index].exp()),
+                recalled=bool(scores.greedy[index]),
+                replaced=None if (old := replaced[index]) is None else old.target,
+            )
+            for index, fact in enumerate(facts)
+        ]
+
+    def _usable(self, facts: Sequence[Fact], found: SearchResult) -> list[bool]:
+        failed = [bool(flag) for flag in found.failed]
+        if all(failed) and not bool(found.steps.any()):
+            raise ValueError(
+                "The model's outputs are not finite for any of these facts before anything is changed: the weights "
+                "hold NaN or infinite values, or overflow in this dtype (try bfloat16 or float32)."
+            )
+        bad = [fact for fact, flag in zip(facts, failed) if flag]
+        if bad:
+            message = (
+                f"The target search diverged for {len(bad)} fact(s), first {bad[0].filled_prompt!r} -> "
+                f"{bad[0].target!r}; lower search_lr, or use a wider dtype."
+            )
+            if self.strict:
+                raise ValueError(message + " The batch was rolled back (strict=True).")
+            warnings.warn(message + " They were not written.", stacklevel=2)
+        return [not flag for flag in failed]
+
+    def _write(
+        self,
+        memory: EditMemory,
+        facts: Sequence[Fact],
+        prompts: Sequence[FactPrompts],
+        found: SearchResult,
+        kept: Sequence[int],
+    ) -> None:
+        """Spreads the wanted change over the edited layers as MEMIT does (arXiv 2210.07229, algorithm 1)."""
+        place = torch.tensor(kept, device=found.targets.device)
+        targets = found.targets[place]
+        bare = [fact.rows[0] for fact in prompts]
+        rows = [row for fact in prompts for row in fact.rows]
+        last_block = self.blocks[self.block_of[self.last]]
+        keys, values, equations = {}, {}, {}
+        for index, (name, layer) in enumerate(self.layers.items()):
+            with self.watch("keys"):
+                module_keys = read_at_subject(self.model, rows, inputs_of=layer)[0]
+                module_keys = module_keys.to(targets.dtype).reshape(len(facts), -1, module_keys.shape[-1]).mean(1)
+                path = self._path(name, prompts[0])
+                if path is None:
+                    increments = found.increments[place]
+                else:
+                    output, hidden = read_at_subject(self.model, bare, outputs_of=(layer, last_block))
+                    residual = (targets - hidden.to(targets)) / (len(self.layers) - index)
+                    with torch.no_grad():
+                        increments = path.pull(output.to(residual), residual.to(output.device))
+                delta = layer.get_delta(self.adapter_name)
+                held = module_keys.to(delta) @ delta.T
+                keys[name] = module_keys.to(delta).cpu()
+                values[name] = (held + increments.to(delta)).cpu()
+            with self.watch("solve"):
+                known = memory.equations(name, layer.in_features, layer.out_features, delta.device)
+                equations[name] = known.add(keys[name].to(known.gram), values[name].to(known.gram))
+                solve_module(self.tuner, self.adapter_name, name, equations[name], memory)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        records = [
+            EditRecord(fact.fact_id, fact.subject, fact.prompt, fact.target, now, memory.batches + 1, fact.target_true)
+            for fact in facts
+        ]
+        self.config.memory = memory.append(records, keys, values, equations)

@@ -1,0 +1,143 @@
+"""How the output of an edited module enters the residual stream, found by probing the block itself.
+
+Targets are wanted in the residual stream, values are written at the output of the down-projection. In most models the
+two are the same (the block adds the MLP's output); some scale it first (Granite), some normalise it first (Gemma 2 and
+3, OLMo 2). A probe tells which, so that no architecture has to be named here.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .hooks import StopForward, on_input, on_output
+
+
+@dataclass(frozen=True)
+class ResidualPath:
+    """The way from a module's output `u` to the block's output `z`: `z = rest + scale * norm(u)`, norm optional.
+
+    Args:
+        scale (`float`): Factor in front of the module's output.
+        norm (`nn.Module`, *optional*): RMS norm between the module and the residual stream.
+    """
+
+    scale: float = 1.0
+    norm: nn.Module | None = None
+
+    def push(self, output: torch.Tensor, increment: torch.Tensor) -> torch.Tensor:
+        """The change of the block's output when the module's output changes by `increment`; both (..., d_model)."""
+        if self.norm is None:
+            return increment if self.scale == 1.0 else increment * self.scale
+        return self.scale * (self._normed(output + increment) - self._normed(output))
+
+    def pull(self, output: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """The increment of the module's output that changes the block's output by `change`.
+
+        Behind a norm only the direction of the module's output counts, so the increment keeps its length: exact for a
+        change that the norm can express, the nearest direction for another.
+        """
+        if self.norm is None:
+            return change if self.scale == 1.0 else change / self.scale
+        gain = self._gain(output)
+        usable = gain.abs() > 1e-4 * gain.abs().amax(-1, keepdim=True)
+        direction = (self._normed(output) + change / self.scale) / torch.where(usable, gain, torch.ones_like(gain))
+        length = _rms(output)
+        return torch.where(usable, direction * length - output, torch.zeros_like(output))
+
+    def unit(self, output: torch.Tensor) -> torch.Tensor:
+        """Length of an increment of `u` per unit of change in the residual stream, (..., 1), for scaling only."""
+        if self.norm is None:
+            return torch.full_like(output[..., :1], 1.0 / abs(self.scale))
+        change = abs(self.scale) * self._normed(output).norm(dim=-1, keepdim=True)
+        return output.norm(dim=-1, keepdim=True) / change.clamp_min(torch.finfo(output.dtype).tiny)
+
+    def _normed(self, output: torch.Tensor) -> torch.Tensor:
+        assert self.norm is not None
+        return self.norm(output)
+
+    def _gain(self, output: torch.Tensor) -> torch.Tensor:
+        return self._normed(torch.ones_like(output[..., :1]).expand_as(output).contiguous())
+
+
+def _rms(vector: torch.Tensor) -> torch.Tensor:
+    return vector.square().mean(-1, keepdim=True).sqrt()
+
+
+def probe_residual_path(
+    model: nn.Module, block: nn.Module, module: nn.Module, input_ids: torch.Tensor
+) -> ResidualPath | None:
+    """Finds the path by moving the module's output a little and looking at the block's output.
+
+    Args:
+        model: The causal language model, in eval mode.
+        block: The decoder block that holds the module.
+        module: The edited module.
+        input_ids (`torch.LongTensor`): One sequence, (1, tokens); the last position is probed.
+
+    Returns:
+        `ResidualPath`, or None where the module's output reaches the residual stream in another way.
+    """
+    norms = [child for child in block.modules() if child is not module and "norm" in type(child).__name__.lower()]
+
+    def run(shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, list[nn.Module]]:
+        seen: dict[str, torch.Tensor] = {}
+        fed: list[nn.Module] = []
+
+        def at_module(hidden: torch.Tensor) -> torch.Tensor | None:
+            seen["output"] = hidden[0, -1].detach().clone()
+            if shift is None:
+                return None
+            moved = hidden.clone()
+            moved[0, -1] += shift.to(hidden)
+            seen["output"] = moved[0, -1].detach().clone()
+            return moved
+
+        def at_block(hidden: torch.Tensor) -> None:
+            seen["block"] = hidden[0, -1].detach().clone()
+            raise StopForward
+
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(on_output(module, at_module))
+            for norm in norms:
+
+                def at_norm(hidden: torch.Tensor, norm: nn.Module = norm) -> None:
+                    if "output" in seen and hidden.shape[-1] == seen["output"].shape[-1]:
+                        if torch.equal(hidden.reshape(-1, hidden.shape[-1])[-1], seen["output"].to(hidden.device)):
+                            fed.append(norm)
+
+                stack.enter_context(on_input(norm, at_norm))
+            stack.enter_context(on_output(block, at_block))
+            try:
+                model(input_ids=input_ids, use_cache=False)
+            except StopForward:
+                pass
+        return seen["output"], seen["block"], fed
+
+    output, before, fed = run(None)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(output.shape, generator=generator).to(output)
+    shift = probe * (0.5 * output.float().norm() / probe.float().norm()).clamp_min(1e-3).to(output)
+    moved, after, _ = run(shift)
+    increment = (moved - output).double()
+    change = (after.double() - before.double()).to(increment.device)
+    noise = 4 * torch.finfo(output.dtype).eps * max(float(before.double().norm()), float(after.double().norm()))
+    tolerance = 0.02 * float(change.norm()) + noise
+    scale = float(change @ increment / (increment @ increment))
+    if float((change - scale * increment).norm()) <= tolerance:
+        return ResidualPath(scale=1.0 if abs(scale - 1.0) * float(increment.norm()) <= tolerance else scale)
+    for norm in fed:
+        expected = (norm(moved) - norm(output)).detach().double().to(change.device)
+        scale = float(change @ expected / (expected @ expected).clamp_min(1e-300))
+        scale = 1.0 if abs(scale - 1.0) * float(expected.norm()) <= tolerance else scale
+        path = ResidualPath(scale=scale, norm=norm)
+        with torch.no_grad():
+            recovered = path.push(output, path.pull(output, path.push(output, increment.to(output))))
+        if float((change - scale * expected).norm()) <= tolerance and (
+            float((recovered.double().to(change.device) - change).norm()) <= tolerance
+        ):
+            return path
+    return None

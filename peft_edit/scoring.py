@@ -1,0 +1,66 @@
+"""Probability of given targets after given prompts: one batched pass, the output head on the target positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .hooks import on_input
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """Scores of P prompt-target pairs.
+
+    Args:
+        log_probability (`torch.Tensor`): (P,) mean log-probability of the target's tokens, teacher-forced; float32.
+        greedy (`torch.BoolTensor`): (P,) every target token is the most probable one.
+    """
+
+    log_probability: torch.Tensor
+    greedy: torch.Tensor
+
+
+def score_targets(
+    model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], chunk: int = 128
+) -> TargetScores:
+    """Scores targets under the model as it stands.
+
+    Args:
+        model: The causal language model (adapters as they are), in eval mode.
+        pairs: (prompt token ids, target token ids).
+        chunk (`int`): Pairs per forward pass.
+
+    Returns:
+        `TargetScores`: on the CPU, in the order given.
+    """
+    device = model.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    log_probability = torch.zeros(len(pairs))
+    greedy = torch.zeros(len(pairs), dtype=torch.bool)
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        sequences = [[*pairs[i][0], *pairs[i][1]][:-1] for i in part]
+        width = max(map(len, sequences))
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences])
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
+        rows = torch.tensor([row for row, i in enumerate(part) for _ in pairs[i][1]])
+        columns = torch.tensor([len(pairs[i][0]) - 1 + step for i in part for step in range(len(pairs[i][1]))])
+        labels = torch.tensor([token for i in part for token in pairs[i][1]])
+
+        def gather(hidden: torch.Tensor, rows=rows, columns=columns) -> torch.Tensor:
+            return hidden[rows.to(hidden.device), columns.to(hidden.device)][None]
+
+        with torch.no_grad(), on_input(model.get_output_embeddings(), gather):
+            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[0]
+        scored = -nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="none").cpu()
+        hit = (logits.argmax(-1).cpu() == labels).float()
+        length = torch.zeros(len(part)).index_add(0, rows, torch.ones(len(rows)))
+        place = torch.tensor(part)
+        log_probability[place] = torch.zeros(len(part)).index_add(0, rows, scored) / length
+        greedy[place] = torch.zeros(len(part)).index_add(0, rows, hit) == length
+    return TargetScores(log_probability, greedy)
