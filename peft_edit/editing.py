@@ -109,7 +109,7 @@ class FactEditor:
                 for start in range(0, len(facts), batch_size):
                     part = slice(start, start + batch_size)
                     with transaction(self.tuner, self.adapter_name):
-                        if self.config.memory is None or self.config.memory.statistics is not memory.statistics:
+                        if start == 0:
                             self._adopt(memory)
                         report.facts += self._edit_batch(facts[part], encoded[part], bar.update)
                     report.norms.append(
@@ -135,15 +135,21 @@ class FactEditor:
         statistics = (
             statistics.subset(list(self.layers)) if set(statistics.second_moments) != set(self.layers) else statistics
         )
-        if memory is not None:
-            return memory if statistics is memory.statistics else memory.with_statistics(statistics)
-        with base_model(self.tuner) as model:
-            contexts = generate_contexts(model, self.tokenizer, self.config.num_contexts, self.config.seed)
-        return EditMemory(statistics=statistics, contexts=contexts)
+        if memory is None:
+            memory = EditMemory(statistics=statistics)
+        elif statistics is not memory.statistics:
+            memory = memory.with_statistics(statistics)
+        if memory.contexts is None:
+            with base_model(self.tuner) as model:
+                contexts = generate_contexts(model, self.tokenizer, self.config.num_contexts, self.config.seed)
+            memory = memory.with_contexts(contexts)
+        return memory
 
     def _adopt(self, memory: EditMemory) -> None:
-        if len(memory):
-            solve_all(self.tuner, self.adapter_name, memory)  # other statistics: solve again what is there
+        """Makes the prepared memory the adapter's; under new statistics what it holds is solved again."""
+        held = self.config.memory
+        if held is not None and len(held) and held.statistics is not memory.statistics:
+            solve_all(self.tuner, self.adapter_name, memory)
         else:
             self.config.memory = memory
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files import replace_file
 from .solve import NormalEquations, solve_dtype
 from .statistics import KeyStatistics
 
@@ -62,7 +63,7 @@ class EditMemory:
 
     Args:
         statistics (`KeyStatistics`): Second moments of the keys of each edited module on ordinary text.
-        contexts (`tuple[str, ...]`): Prefixes behind which facts are searched.
+        contexts (`tuple[str, ...]`, *optional*): Prefixes behind which facts are searched; None until the first edit.
         records (`tuple[EditRecord, ...]`): The facts, oldest first.
         keys (`dict[str, torch.Tensor]`): Per module (n, d_in).
         values (`dict[str, torch.Tensor]`): Per module (n, d_out): what the delta should add to the output at the key.
@@ -70,7 +71,7 @@ class EditMemory:
     """
 
     statistics: KeyStatistics
-    contexts: tuple[str, ...]
+    contexts: tuple[str, ...] | None = None
     records: tuple[EditRecord, ...] = ()
     keys: Mapping[str, torch.Tensor] = field(default_factory=dict)
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -98,6 +99,10 @@ class EditMemory:
     def with_equations(self, equations: Mapping[str, NormalEquations]) -> EditMemory:
         """The same memory with its normal equations at hand."""
         return replace(self, _equations=dict(equations))
+
+    def with_contexts(self, contexts: tuple[str, ...]) -> EditMemory:
+        """The same memory with the prefixes of its searches."""
+        return replace(self, contexts=contexts)
 
     def with_statistics(self, statistics: KeyStatistics) -> EditMemory:
         """The same facts under other key statistics."""
@@ -177,18 +182,18 @@ class EditMemory:
         tensors = {f"keys.{name}": tensor.contiguous().cpu() for name, tensor in self.keys.items()}
         tensors |= {f"values.{name}": tensor.contiguous().cpu() for name, tensor in self.values.items()}
         self.statistics.save(folder)
-        _replace_file(folder / MEMORY_TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        replace_file(folder / MEMORY_TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self.records)
-        _replace_file(folder / MEMORY_FACTS, lambda path: Path(path).write_text(lines, encoding="utf-8"))
+        replace_file(folder / MEMORY_FACTS, lambda path: path.write_text(lines, encoding="utf-8"))
         about = {
             "format_version": FORMAT_VERSION,
             "facts": len(self.records),
             "batches": self.batches,
-            "contexts": list(self.contexts),
+            "contexts": self.contexts,
             "modules": sorted(self.statistics.second_moments),
         }
         text = json.dumps(about, indent=2, ensure_ascii=False)
-        _replace_file(folder / MEMORY_JSON, lambda path: Path(path).write_text(text + "\n", encoding="utf-8"))
+        replace_file(folder / MEMORY_JSON, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> EditMemory:
@@ -202,7 +207,8 @@ class EditMemory:
         try:
             about = json.loads((folder / MEMORY_JSON).read_text(encoding="utf-8"))
             version, count = about["format_version"], about["facts"]
-            contexts, batches = tuple(about["contexts"]), about["batches"]
+            contexts, batches = about["contexts"], about["batches"]
+            contexts = None if contexts is None else tuple(contexts)
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise _broken(folder / MEMORY_JSON, repr(error)) from error
         if version != FORMAT_VERSION:
@@ -244,17 +250,6 @@ def _load_pairs(
         {name: tensors[f"keys.{name}"] for name in modules if count},
         {name: tensors[f"values.{name}"] for name in modules if count},
     )
-
-
-def _replace_file(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _broken(path: Path, why: str) -> ValueError:

@@ -1,0 +1,171 @@
+"""The settings of an edit adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from peft.config import PeftConfig
+
+from .memory import MEMORY_FILES, EditMemory
+from .register import EDIT
+
+
+@dataclass
+class EditConfig(PeftConfig):
+    """Configuration of an `EditModel`.
+
+    The search and update settings default to those of arXiv 2502.01636; λp and λn to values in units of the model.
+
+    Besides its fields a config carries `memory`, the adapter's `EditMemory` (or None). It is no field: it is written
+    beside `adapter_config.json`, not into it, and every wrapped model works on its own copy of the config.
+
+    Raises:
+        ValueError: on construction, if a value is out of range; the message names the field.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules to edit, as in LoRA; by default the MLP down-projections of the architecture."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={
+            "help": "Indices of the blocks to edit; by default an early-middle band where target_modules is not given "
+            "either, else every block."
+        },
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the block list, if layers_to_transform does not find it."}
+    )
+    preservation_weight: float | str = field(
+        default="auto",
+        metadata={"help": "λp: weight of the outputs on ordinary text. 'auto': in units of d_in; a number: as given."},
+    )
+    norm_penalty: float | str = field(
+        default="auto",
+        metadata={
+            "help": "λn: weight of ||Δ||_F² of the cumulative delta. 'auto': in units of λp tr(C) / d_in; a "
+            "number: as given."
+        },
+    )
+    norm_budget: float | None = field(
+        default=None, metadata={"help": "Largest allowed ||Δ||_F / ||W0||_F per module, met exactly; None for no cap."}
+    )
+    early_stopping: str = field(
+        default="mpes", metadata={"help": "'mpes' (stop once the target is most probable everywhere) or 'none'."}
+    )
+    mpes_extra_steps: int = field(default=1, metadata={"help": "Optimiser steps after MPES has struck."})
+    search_steps: int = field(default=25, metadata={"help": "Evaluations of the search's objective at most."})
+    search_lr: float = field(default=0.5, metadata={"help": "Adam's learning rate in the search."})
+    search_weight_decay: float = field(default=0.5, metadata={"help": "Weight of ||δ|| / ||h||² in the search."})
+    search_kl_weight: float = field(default=0.0625, metadata={"help": "Weight of the KL divergence on '{} is a'."})
+    search_max_norm: float = field(default=0.75, metadata={"help": "Radius of the ball for δ as a share of ||h||."})
+    num_contexts: int = field(default=5, metadata={"help": "Self-generated prefixes behind which a fact must hold."})
+    seed: int = field(default=0, metadata={"help": "Seed of contexts and of sampled statistics."})
+    save_memory: bool = field(
+        default=True, metadata={"help": "Write the edit memory with the adapter; without it the adapter only infers."}
+    )
+    trainable: bool = field(
+        default=False, metadata={"help": "Let optimisers train the delta; an edit is frozen unless this is set."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: Δ = 0. False: a random, trainable Δ, for tests of the adapter's mechanics."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save with the adapter, as in LoRA."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = EDIT
+        self.memory: EditMemory | None = None
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform needs target_modules as a list of names, not as a pattern.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too.")
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Ranges of the numbers."""
+        for name in ("preservation_weight", "norm_penalty"):
+            value = getattr(self, name)
+            if value != "auto" and not (_is_number(value) and value >= 0):
+                raise ValueError(f"{name} must be 'auto' or a number >= 0, got {value!r}.")
+        if self.norm_budget is not None and not (_is_number(self.norm_budget) and self.norm_budget > 0):
+            raise ValueError(
+                f"norm_budget must be None or a share of ||W0||_F above 0, such as 0.05, got {self.norm_budget!r}."
+            )
+        if self.early_stopping not in ("mpes", "none"):
+            raise ValueError(f"early_stopping must be 'mpes' or 'none', got {self.early_stopping!r}.")
+        for name, least in (("search_steps", 1), ("mpes_extra_steps", 0), ("num_contexts", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}.")
+        for name in ("search_lr", "search_max_norm"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0):
+                raise ValueError(f"{name} must be a number > 0, got {value!r}.")
+        for name in ("search_weight_decay", "search_kl_weight"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json` and, unless `save_memory` is off, the edit memory beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.memory is not None and self.save_memory:
+            self.memory.save(save_directory)
+        else:
+            for name in MEMORY_FILES:  # of an adapter that was saved here before
+                Path(save_directory, name).unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> EditConfig:
+        """Reads the config and, where it is there, the edit memory; a directory or a Hub repository.
+
+        Raises:
+            ValueError: if memory files are there but damaged.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        hub_kwargs = cls._split_kwargs(kwargs)[0]
+        folder = find_memory(pretrained_model_name_or_path, subfolder, hub_kwargs)
+        if folder is not None:
+            config.memory = EditMemory.load(folder)
+        return config
+
+
+def find_memory(name_or_path: str | os.PathLike, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path | None:
+    """The local directory of an adapter's memory files, fetched from the Hub where needed; None if it has none."""
+    folder = Path(name_or_path, subfolder or "")
+    if folder.is_dir():
+        return folder if (folder / MEMORY_FILES[0]).is_file() else None
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        hub_kwargs = {**hub_kwargs, "local_files_only": True}
+    try:
+        files = [hf_hub_download(str(name_or_path), name, subfolder=subfolder, **hub_kwargs) for name in MEMORY_FILES]
+    except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
+        return None
+    return Path(files[0]).parent
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )

@@ -1,0 +1,239 @@
+"""The adapter layer: `y = W0 x + Δ x` on a linear module, one Δ per adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import EditConfig
+
+
+class EditLayer(BaseTunerLayer):
+    """What every edited module has: a delta per adapter, kept as a bias-free linear module that is called as such.
+
+    (Called modules are what accelerate's offloading hooks work on; a bare parameter would be silently wrong there.)
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("edit_delta",)
+
+    def __init__(self, base_layer: nn.Module, get_apply_tensor_subclass: Any = None) -> None:
+        self.base_layer = base_layer
+        self.edit_delta = nn.ModuleDict({})
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.unmerged_weight: Any = None  # the base weight, kept while adapters are merged
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=get_apply_tensor_subclass
+        )
+        base = self.get_base_layer()
+        self.is_transposed = isinstance(base, Conv1D)
+        if self.is_transposed:
+            self.in_features, self.out_features = base.nx, base.nf
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+    def update_layer(self, adapter_name: str, config: EditConfig) -> None:
+        """Adds an adapter: Δ = 0, or random for `init_weights=False`."""
+        delta = nn.Linear(self.in_features, self.out_features, bias=False, dtype=self._delta_dtype())
+        if config.init_weights:
+            nn.init.zeros_(delta.weight)
+        else:
+            nn.init.normal_(delta.weight, std=0.02)
+        self.edit_delta[adapter_name] = delta
+        if not config.trainable and config.init_weights:
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: self.adapter_layer_names}
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _delta_dtype(self) -> torch.dtype:
+        """float32 whatever the base, so that small edits survive; float64 on a float64 base."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves the delta, and never rounds it to the base's dtype."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if adapter_name not in self.edit_delta or device is None or device.type == "meta":
+            return
+        delta = self.edit_delta[adapter_name]
+        if delta.weight.device.type != "meta":
+            delta.to(device)
+
+    # --- the delta itself --------------------------------------------------------------------------------------
+
+    def get_delta(self, adapter_name: str) -> torch.Tensor:
+        """The adapter's delta, (d_out, d_in), detached and not copied; also where accelerate keeps it offloaded."""
+        delta = self.edit_delta[adapter_name]
+        if delta.weight.device.type != "meta":
+            return delta.weight.detach()
+        weights, key = _offloaded_weight(delta)
+        return weights[key]
+
+    def set_delta(self, adapter_name: str, value: torch.Tensor) -> None:
+        """Replaces the adapter's delta; the tensor that it had stays as it is.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            value (`torch.Tensor`): (d_out, d_in); cast to the delta's dtype and moved to its device.
+
+        Raises:
+            RuntimeError: if the adapter is merged.
+            ValueError: if the shape does not fit.
+        """
+        if adapter_name in self.merged_adapters:
+            raise RuntimeError(
+                f"Adapter {adapter_name!r} is merged into the base weights: call unmerge_adapter() first."
+            )
+        if tuple(value.shape) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"A delta of this module has shape {(self.out_features, self.in_features)}, got {tuple(value.shape)}."
+            )
+        delta = self.edit_delta[adapter_name]
+        value = value.detach()
+        if delta.weight.device.type != "meta":
+            delta.weight.data = value.to(device=delta.weight.device, dtype=delta.weight.dtype)
+            return
+        weights, key = _offloaded_weight(delta)
+        weights[key] = value.to(device="cpu", dtype=delta.weight.dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The delta in the layout of the base weight: (d_out, d_in), or (d_in, d_out) for Conv1D."""
+        delta = self.get_delta(adapter_name)
+        return delta.T if self.is_transposed else delta
+
+    def base_norm(self) -> float:
+        """||W0||_F of the unedited base weight, in float64; also while merged, offloaded or quantised."""
+        base = self.get_base_layer()
+        if self.unmerged_weight is not None and self.quantization_backend is None:
+            weight = self.unmerged_weight
+        else:
+            weight = self.get_base_weight()
+        if weight.device.type == "meta":
+            weights, key = _offloaded_weight(base)
+            weight = weights[key]
+        return float(weight.detach().double().norm())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A delta is a plain matrix, so PEFT can factor it."""
+        return True
+
+
+class EditLinear(nn.Module, EditLayer):
+    """An edited `nn.Linear`, `Conv1D` or quantised linear module.
+
+    Args:
+        base_layer (`nn.Module`): The module, or a tuner layer around it.
+        adapter_name (`str`): First adapter.
+        config (`EditConfig`): Its settings.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: EditConfig, **quantization: Any) -> None:
+        super().__init__()
+        EditLayer.__init__(self, base_layer, **quantization)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds deltas to the base weight, which is kept for `unmerge`.
+
+        Args:
+            safe_merge (`bool`): Check that the result is finite before anything is changed.
+            adapter_names (`list[str]`, *optional*): Adapters to merge; by default the active ones.
+
+        Raises:
+            ValueError: with `safe_merge`, if the merged weight is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.edit_delta]
+        if not names:
+            return
+        weight = self.get_base_weight()
+        dtype = weight.dtype
+        merged = weight.to(torch.promote_types(dtype, self._delta_dtype()))
+        for name in names:
+            merged = merged + self.get_delta_weight(name).to(merged)
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise ValueError(f"Merging {', '.join(names)} gives weights that are not finite; nothing was merged.")
+        if self.unmerged_weight is None:
+            base = self.get_base_layer()
+            self.unmerged_weight = base.weight.data if self.quantization_backend is None else base.weight
+        self.set_base_weight(merged.to(dtype))
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts the kept base weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        if self.quantization_backend is None:
+            base.weight.data = self.unmerged_weight.to(base.weight)
+        else:
+            base.weight = self.unmerged_weight
+        self.unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if not self.merged:
+            for name in self.active_adapters:
+                if name in self.edit_delta:
+                    result = result + self._change(name, x).to(result.dtype)
+        return result
+
+    def _change(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        delta = self.edit_delta[adapter_name]
+        return delta(self._cast_input_dtype(x, delta.weight.dtype))
+
+    def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
+        """Each sample with its own adapter; "__base__" for none."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        beams, rest = divmod(len(x), len(adapter_names))
+        if rest:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        per_sample = [name for name in adapter_names for _ in range(beams)]  # beam search repeats each input
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(per_sample):
+            if name in self.edit_delta:
+                rows = torch.tensor([i for i, chosen in enumerate(per_sample) if chosen == name], device=x.device)
+                result = result.index_add(0, rows, self._change(name, x[rows]).to(result.dtype))
+        return result
+
+    def __repr__(self) -> str:
+        return "edit." + super().__repr__()
+
+
+def _offloaded_weight(module: nn.Module) -> tuple[MutableMapping[str, torch.Tensor], str]:
+    """Where accelerate keeps the weight of a module that it has offloaded to CPU or disk: a mapping and a key."""
+    weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    key = "weight"
+    if weights is None:
+        raise RuntimeError("A weight is on the meta device without offloading: load the adapter's weights first.")
+    while hasattr(weights, "dataset"):  # a view on a larger store
+        key = weights.prefix + key
+        weights = weights.dataset
+    if hasattr(weights, "state_dict"):  # a disk loader; what it holds in memory goes first
+        if key not in weights.state_dict:
+            weights.state_dict[key] = weights[key]
+        weights = weights.state_dict
+    return weights, key

@@ -1,0 +1,393 @@
+"""The edit adapter on a model: injected like any PEFT tuner, and edited through the methods below."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _delete_auxiliary_adapter
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .adapter import base_model, editable_adapter, find_records, solve_all, transaction
+from .architectures import (
+    TARGET_MODULES,
+    block_index,
+    check_layers,
+    default_layers,
+    find_blocks,
+    find_down_projections,
+)
+from .config import EditConfig
+from .editing import FactEditor
+from .facts import Fact, FactError, FactLike, as_facts
+from .layer import EditLayer, EditLinear
+from .loading import check_adapter_weights
+from .memory import EditMemory, EditRecord
+from .report import EditReport
+from .statistics import KeyStatistics, collect_statistics
+
+
+class EditModel(BaseTuner):
+    """A model with edit adapters on MLP down-projections.
+
+    Made by `get_peft_model(model, EditConfig(task_type="CAUSAL_LM"))`; the wrapped model passes the methods below on.
+
+    Args:
+        model (`nn.Module`): The model to adapt.
+        peft_config (`EditConfig`): The adapter's settings.
+        adapter_name (`str`): The adapter's name.
+        low_cpu_mem_usage (`bool`): Create the adapter's weights on the meta device.
+    """
+
+    prefix: str = "edit_"
+    tuner_layer_cls = EditLayer
+    target_module_mapping = TARGET_MODULES
+
+    # --- injection ---------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As `BaseTuner.inject_adapter`, on this model's own copy of the config: models never share an edit memory."""
+        own = copy.copy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = own
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: EditConfig, model_config: dict) -> EditConfig:
+        """Fills in modules and layers that the user left open."""
+        if peft_config.target_modules is None:
+            model_type = model_config.get("model_type", "custom")
+            names = TARGET_MODULES.get(model_type) or find_down_projections(self.model)
+            peft_config.target_modules = set(names)
+            blocks = find_blocks(self.model)[1]
+            if peft_config.layers_to_transform is None:
+                peft_config.layers_to_transform = default_layers(len(blocks), model_type)
+        if peft_config.layers_to_transform is not None:
+            check_layers(peft_config.layers_to_transform, len(find_blocks(self.model)[1]))
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: EditConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, EditLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        quantization = get_quantization_kwargs(self.model)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
+            raise ValueError(
+                f"'{current_key}' is a {type(base).__name__}; edits are stored on linear modules (nn.Linear, Conv1D): "
+                "name those in target_modules."
+            )
+        layer = EditLinear(target, adapter_name, peft_config, **quantization)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Deltas are float32 or wider, or the base's dtype with `autocast_adapter_dtype=False`."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for layer in self.edit_layers(adapter_name).values():
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            if dtype is not None and dtype.is_floating_point:
+                layer.edit_delta[adapter_name].to(dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
+        """Passes `adapter_names` (one per sample) on to the layers."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        known = {name for layer in layers for name in layer._all_available_adapter_names()}
+        unknown = set(names) - known - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        handles = [
+            layer.register_forward_pre_hook(partial(_with_adapter_names, names), with_kwargs=True)
+            for layer in layers
+            if isinstance(layer, EditLayer)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # --- adapters ----------------------------------------------------------------------------------------------
+
+    def edit_layers(self, adapter_name: str | None = None) -> dict[str, EditLinear]:
+        """The edited modules by name, in the order in which a forward pass meets them.
+
+        Args:
+            adapter_name (`str`, *optional*): Only modules that have this adapter.
+        """
+        found = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, EditLinear) and (adapter_name is None or adapter_name in module.edit_delta)
+        }
+        if all(any(part.isdigit() for part in name.split(".")) for name in found):
+            return dict(sorted(found.items(), key=lambda item: block_index(item[0])))
+        return found
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter and its edit memory.
+
+        Raises:
+            ValueError: if there is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        merged = [name for name, layer in self.edit_layers().items() if adapter_name in layer.merged_adapters]
+        if merged:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is merged into '{merged[0]}': call unmerge_adapter() before deleting it."
+            )
+        del self.peft_config[adapter_name]
+        # PEFT's helper would pass over modules whose name contains the prefix, such as "credit_head".
+        remaining: list[str] = []
+        for layer in self.edit_layers().values():
+            layer.delete_adapter(adapter_name)
+            remaining = layer.active_adapters[:]
+        _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=remaining)
+        self.active_adapter = remaining or []
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Makes a new adapter of existing ones.
+
+        Args:
+            adapters (`list[str]`): Adapters to combine.
+            weights (`list[float]`): One weight each.
+            adapter_name (`str`): Name of the new adapter, which is not activated.
+            combination_type (`str`): `"linear"`: weighted sum of the deltas; the result has no edit memory.
+                `"memory"`: the edit memories are joined and solved together, so that the result can be edited on; needs disjoint
+                facts and weights of 1.
+
+        Raises:
+            ValueError: if names, weights or memories do not fit together; nothing is added then.
+        """
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already; choose another name for the combination.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"Each adapter needs a weight, got {len(adapters)} adapters and {len(weights)} weights.")
+        if combination_type not in ("linear", "memory"):
+            raise ValueError(f"combination_type must be 'linear' or 'memory', got {combination_type!r}.")
+        modules = [set(self.edit_layers(name)) for name in adapters]
+        if any(names != modules[0] for names in modules):
+            raise ValueError(f"The adapters {adapters} edit different modules and cannot be combined.")
+        memory = self._joined_memory(adapters, weights) if combination_type == "memory" else None
+        config = copy.copy(self.peft_config[adapters[0]])
+        config.memory = None
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        if memory is not None:
+            solve_all(self, adapter_name, memory)
+            return
+        for layer in self.edit_layers(adapter_name).values():
+            total = sum(weight * layer.get_delta(name) for name, weight in zip(adapters, weights))
+            layer.set_delta(adapter_name, total)
+
+    def _joined_memory(self, adapters: list[str], weights: list[float]) -> EditMemory:
+        if any(weight != 1 for weight in weights):
+            raise ValueError("Edit memories add up with weights of 1 only; use combination_type='linear' for others.")
+        joined: EditMemory | None = None
+        for name in adapters:
+            memory = self.peft_config[name].memory
+            if memory is None:
+                raise ValueError(f"Adapter {name!r} has no edit memory to join; use combination_type='linear'.")
+            joined = memory if joined is None else joined.union(memory)
+        assert joined is not None
+        return joined
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: EditConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """Only this type's tensors, also where a LoRA of the same name stands beside or around the edit."""
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {key: value for key, value in entries.items() if f".edit_delta.{adapter_name}." in f".{key}"}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: EditConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Checks the checkpoint before a single weight is touched."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_adapter_weights(model, config, adapter_name, remapped)
+        return remapped
+
+    # --- editing -----------------------------------------------------------------------------------------------
+
+    def edit_facts(
+        self,
+        facts: FactLike | Iterable[FactLike] | str,
+        tokenizer: Any,
+        batch_size: int = 100,
+        statistics: KeyStatistics | None = None,
+        adapter_name: str | None = None,
+        strict: bool = False,
+        progress: bool = True,
+        search_slots: int = 32,
+        full_search: bool = False,
+    ) -> EditReport:
+        """Writes facts into the adapter, after all those that it holds already.
+
+        Every batch is a transaction: whatever is raised, model and memory are as they were before the batch.
+
+        Args:
+            facts: `Fact` objects, mappings, an iterable of either, or the path of a JSONL file; see `as_facts`.
+            tokenizer: The model's (fast) tokenizer.
+            batch_size (`int`): Facts that are solved for together.
+            statistics (`KeyStatistics`, *optional*): Key statistics of this model; kept with the adapter from then on.
+                Without any the model's own samples are used, with a warning.
+            adapter_name (`str`, *optional*): The adapter to edit; by default the active one.
+            strict (`bool`): Raise when the search of a fact diverges, instead of reporting the fact as not written.
+            progress (`bool`): Show a progress bar with facts/s.
+            search_slots (`int`): Facts whose targets are searched at the same time.
+            full_search (`bool`): Run the search on whole sequences; for comparison.
+
+        Returns:
+            `EditReport`: What happened to each fact and each module.
+
+        Raises:
+            FactError: if a fact is malformed or contradicts another of the same call; nothing is changed.
+            ValueError, RuntimeError: if the adapter cannot be edited, or tokenizer, statistics or weights do not fit.
+        """
+        name = editable_adapter(self, adapter_name)
+        if not isinstance(batch_size, int) or batch_size < 1 or not isinstance(search_slots, int) or search_slots < 1:
+            raise ValueError(
+                f"batch_size and search_slots must be whole numbers >= 1, got {batch_size!r}, {search_slots!r}."
+            )
+        checked = as_facts(facts)
+        if not checked:
+            raise FactError("There are no facts to edit.")
+        self.peft_config[name].check_values()
+        editor = FactEditor(
+            self,
+            name,
+            tokenizer,
+            statistics=statistics,
+            search_slots=search_slots,
+            full_search=full_search,
+            strict=strict,
+            progress=progress,
+        )
+        return editor.run(checked, batch_size)
+
+    def edited_facts(self, adapter_name: str | None = None) -> list[EditRecord]:
+        """The facts that the adapter holds, oldest first."""
+        memory = self.peft_config[editable_adapter(self, adapter_name)].memory
+        return list(memory.records) if memory is not None else []
+
+    def remove_facts(
+        self, facts: str | Fact | EditRecord | Iterable[str | Fact | EditRecord], adapter_name: str | None = None
+    ) -> list[EditRecord]:
+        """Takes facts out: the delta becomes that of an adapter whose memory never had them. No search is needed.
+
+        Args:
+            facts: Ids, facts (by subject and prompt) or records.
+            adapter_name (`str`, *optional*): The adapter; by default the active one.
+
+        Returns:
+            `list[EditRecord]`: What was removed.
+
+        Raises:
+            KeyError: if the adapter does not hold one of them; nothing is removed then.
+        """
+        name = editable_adapter(self, adapter_name)
+        selectors = [facts] if isinstance(facts, (str, Fact, EditRecord)) else list(facts)
+        memory = self.peft_config[name].memory
+        found = find_records(memory, selectors)
+        if memory is not None and found:
+            with transaction(self, name):
+                solve_all(self, name, memory.without({record.id for record in found}))
+        return found
+
+    def set_norm_budget(self, norm_budget: float | None, adapter_name: str | None = None) -> None:
+        """Sets the cap on ||Δ||_F / ||W0||_F of each module and solves again from memory, without any search."""
+        self._resolve_with(adapter_name, norm_budget=norm_budget)
+
+    def set_norm_penalty(self, norm_penalty: float | str, adapter_name: str | None = None) -> None:
+        """Sets λn (a number, or "auto") and solves again from memory, without any search."""
+        self._resolve_with(adapter_name, norm_penalty=norm_penalty)
+
+    def _resolve_with(self, adapter_name: str | None, **settings: Any) -> None:
+        name = editable_adapter(self, adapter_name)
+        config = self.peft_config[name]
+        with transaction(self, name):
+            for field, value in settings.items():
+                setattr(config, field, value)
+            config.check_values()
+            if config.memory is not None:
+                solve_all(self, name, config.memory)
+
+    def collect_statistics(
+        self, texts: Iterable[Any], tokenizer: Any, adapter_name: str | None = None, **options: Any
+    ) -> KeyStatistics:
+        """Collects key statistics of the base model for the adapter's modules and gives them to the adapter.
+
+        Args:
+            texts: Strings, mappings with "text", a `datasets.Dataset`, or token ids.
+            tokenizer: The model's tokenizer.
+            adapter_name (`str`, *optional*): The adapter; by default the active one.
+            options: Further arguments of `peft_edit.statistics.collect_statistics`.
+
+        Returns:
+            `KeyStatistics`
+        """
+        name = editable_adapter(self, adapter_name)
+        with base_model(self) as model:
+            statistics = collect_statistics(model, tokenizer, texts, list(self.edit_layers(name)), **options)
+        self.set_statistics(statistics, name)
+        return statistics
+
+    def set_statistics(self, statistics: KeyStatistics, adapter_name: str | None = None) -> None:
+        """Gives key statistics to the adapter; facts that it holds are solved again under them."""
+        name = editable_adapter(self, adapter_name)
+        modules = list(self.edit_layers(name))
+        statistics.check(self.model, modules)
+        statistics = statistics.subset(modules)
+        memory = self.peft_config[name].memory
+        with transaction(self, name):
+            if memory is None:
+                self.peft_config[name].memory = EditMemory(statistics=statistics)
+            else:
+                solve_all(self, name, memory.with_statistics(statistics))
+
+
+def _with_adapter_names(names: list[str], _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    kwargs["adapter_names"] = names
+    return args, kwargs

@@ -1,0 +1,184 @@
+"""The update as linear algebra: normal equations, their solution, and the norm constraint. Tensors in, tensors out.
+
+With keys `K` (n × d_in), values `V` (n × d_out), the keys' second moment `C` (d_in × d_in) and weights λp, λn, the
+cumulative delta minimises
+
+    ||Δ Kᵀ − Vᵀ||_F² + λp tr(Δ C Δᵀ) + λn ||Δ||_F²     subject to ||Δ||_F ≤ budget
+
+(arXiv 2502.01636, eq. 7, on the cumulative delta; with λn = 0 and no budget MEMIT's, arXiv 2210.07229, eq. 14), so
+`Δ(λ) = B (λp C + KᵀK + λ I)⁻¹` with `B = VᵀK`, and λ the smallest value ≥ λn that meets the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+# "auto" in units of the model. λp: d_in / (λp + d_in) of a wanted value is written by one layer for a typical key; the
+# paper's 15000 at d_in 14336 is 1.05 d_in. λn: a share of λp's mean eigenvalue, λp tr(C) / d_in.
+PRESERVATION_PER_INPUT = 1.0
+NORM_PENALTY_SHARE = 0.01
+
+BUDGET_TOLERANCE = 1e-10  # relative, of the norm against the budget
+_MAX_ITERATIONS = 100
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """What the pairs contribute to the normal equations; sums, so batches add and remove exactly.
+
+    Args:
+        gram (`torch.Tensor`): (d_in, d_in), the sum of k kᵀ.
+        cross (`torch.Tensor`): (d_out, d_in), the sum of v kᵀ.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+
+    @classmethod
+    def empty(
+        cls, d_in: int, d_out: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+    ) -> NormalEquations:
+        """No pairs."""
+        return cls(
+            torch.zeros(d_in, d_in, device=device, dtype=dtype), torch.zeros(d_out, d_in, device=device, dtype=dtype)
+        )
+
+    @classmethod
+    def from_pairs(cls, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
+        """The pairs' own equations, in their dtype. `keys` (n, d_in), `values` (n, d_out)."""
+        if keys.dim() != 2 or values.dim() != 2 or len(keys) != len(values):
+            raise ValueError(
+                f"Keys and values must be (n, d_in) and (n, d_out), got {tuple(keys.shape)} and {tuple(values.shape)}."
+            )
+        return cls(keys.T @ keys, values.T @ keys)
+
+    def add(self, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
+        """With n more pairs (update)."""
+        new = self._matching(keys, values)
+        return NormalEquations(self.gram + new.gram, self.cross + new.cross)
+
+    def remove(self, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
+        """Without n pairs that were added before (downdate)."""
+        old = self._matching(keys, values)
+        return NormalEquations(self.gram - old.gram, self.cross - old.cross)
+
+    def _matching(self, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
+        pairs = NormalEquations.from_pairs(keys.to(self.gram), values.to(self.gram))
+        if pairs.cross.shape != self.cross.shape:
+            raise ValueError(
+                f"Pairs of width {keys.shape[1]} -> {values.shape[1]} do not fit equations of width "
+                f"{self.cross.shape[1]} -> {self.cross.shape[0]}."
+            )
+        return pairs
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved delta.
+
+    Args:
+        delta (`torch.Tensor`): (d_out, d_in).
+        norm (`float`): ||Δ||_F.
+        norm_penalty (`float`): λ in force, at least the λn asked for.
+        budget_binding (`bool`): The budget raised λ above λn.
+    """
+
+    delta: torch.Tensor
+    norm: float
+    norm_penalty: float
+    budget_binding: bool
+
+
+def solve_dtype(device: torch.device | str) -> torch.dtype:
+    """float64, or float32 on devices without it (MPS)."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def auto_penalties(
+    covariance: torch.Tensor, preservation_weight: float | str, norm_penalty: float | str
+) -> tuple[float, float]:
+    """λp and λn as numbers: "auto" in units of the model, a number as it is.
+
+    Args:
+        covariance (`torch.Tensor`): (d_in, d_in) second moment of the keys.
+        preservation_weight (`float` or `"auto"`): λp; "auto" is `PRESERVATION_PER_INPUT` · d_in.
+        norm_penalty (`float` or `"auto"`): λn; "auto" is `NORM_PENALTY_SHARE` · λp · tr(C) / d_in.
+    """
+    d_in = covariance.shape[0]
+    preservation = PRESERVATION_PER_INPUT * d_in if preservation_weight == "auto" else float(preservation_weight)
+    if norm_penalty == "auto":
+        return preservation, NORM_PENALTY_SHARE * preservation * float(covariance.diagonal().sum()) / d_in
+    return preservation, float(norm_penalty)
+
+
+def solve_delta(
+    equations: NormalEquations,
+    covariance: torch.Tensor,
+    preservation_weight: float,
+    norm_penalty: float,
+    max_norm: float | None = None,
+) -> Solution:
+    """Solves for the cumulative delta.
+
+    Args:
+        equations (`NormalEquations`): Of all pairs, float64 (float32 where there is none).
+        covariance (`torch.Tensor`): (d_in, d_in) second moment of the keys on ordinary text.
+        preservation_weight (`float`): λp ≥ 0.
+        norm_penalty (`float`): λn ≥ 0.
+        max_norm (`float`, *optional*): The largest allowed ||Δ||_F, > 0. Met by the smallest λ ≥ λn that satisfies it,
+            found by Newton's method on 1 / ||Δ(λ)|| (Moré & Sorensen, 1983), which approaches it from below without
+            overshooting and ends within 1e-10 relative.
+
+    Returns:
+        `Solution`
+
+    Raises:
+        ValueError: if something is not finite, a weight is negative, or the system is singular.
+    """
+    gram, cross = equations.gram, equations.cross
+    for name, tensor in (("keys", gram), ("values", cross), ("statistics", covariance)):
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"The {name} hold values that are not finite numbers; nothing was solved.")
+    if preservation_weight < 0 or norm_penalty < 0 or (max_norm is not None and not max_norm > 0):
+        raise ValueError(
+            f"Weights must be >= 0 and a norm budget > 0, got preservation_weight={preservation_weight}, "
+            f"norm_penalty={norm_penalty}, max_norm={max_norm}."
+        )
+    if not bool(cross.any()):
+        return Solution(torch.zeros_like(cross), 0.0, norm_penalty, False)
+    system = torch.add(gram, covariance.to(gram), alpha=preservation_weight)
+    penalty = norm_penalty
+    factor = _factor(system, penalty)
+    delta = torch.cholesky_solve(cross.T, factor).T
+    norm = float(delta.norm())
+    if max_norm is None or norm <= max_norm:
+        return Solution(delta, norm, penalty, False)
+    for _ in range(_MAX_ITERATIONS):
+        if norm <= max_norm * (1 + BUDGET_TOLERANCE):
+            break
+        # d||Δ||²/dλ = −2 tr(Δ A⁻¹ Δᵀ) = −2 ||L⁻¹ Δᵀ||²
+        half_slope = float(torch.linalg.solve_triangular(factor, delta.T, upper=False).square().sum())
+        penalty += (norm / max_norm - 1) * norm**2 / half_slope
+        factor = _factor(system, penalty)
+        delta = torch.cholesky_solve(cross.T, factor).T
+        norm = float(delta.norm())
+    return Solution(delta, norm, penalty, True)
+
+
+def _factor(system: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Cholesky factor of `system + penalty · I`."""
+    shifted = system.clone()
+    shifted.diagonal().add_(penalty)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    # A factor may exist through rounding alone; then its smallest pivot is rounding too.
+    pivots = factor.diagonal().square()
+    floor = 10 * torch.finfo(system.dtype).eps * shifted.diagonal().abs().max()
+    if int(info) != 0 or bool((pivots <= floor).any()):
+        raise ValueError(
+            "The normal equations are singular: the keys and statistics leave directions of the weights undetermined. "
+            "Raise norm_penalty above 0, or collect statistics from more text."
+        )
+    return factor

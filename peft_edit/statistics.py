@@ -1,0 +1,353 @@
+"""Key statistics: the second moment C = E[k kᵀ] of an edited module's inputs on text that edits must spare."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from .files import replace_file
+from .fingerprint import check_fingerprint, is_quantised, model_fingerprint
+from .hooks import StopForward, evaluating, on_input
+from .prompts import context_window
+from .solve import solve_dtype
+
+
+STATISTICS_JSON = "key_statistics.json"
+STATISTICS_TENSORS = "key_statistics.safetensors"
+FORMAT_VERSION = 1
+
+# Keys per input dimension that hold quality (arXiv 2506.04226).
+TOKENS_PER_INPUT = 10
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Second moments of the keys of some modules.
+
+    Args:
+        second_moments (`dict[str, torch.Tensor]`): Per module (d_in, d_in), float32, mean of k kᵀ over tokens.
+        tokens (`int`): Tokens seen.
+        source (`str`): What text, for people.
+        fingerprint (`dict`): The base model's, see `fingerprint.py`.
+    """
+
+    second_moments: Mapping[str, torch.Tensor]
+    tokens: int
+    source: str
+    fingerprint: Mapping[str, Any]
+
+    def check(self, model: nn.Module, module_names: Sequence[str]) -> None:
+        """Whether these are statistics of this model for these modules.
+
+        Raises:
+            ValueError: naming the module that is missing, or what differs in the base model.
+        """
+        for name in module_names:
+            if name not in self.second_moments:
+                raise ValueError(
+                    f"The key statistics cover {sorted(self.second_moments)}, not '{name}': collect them for this "
+                    "adapter's modules with collect_statistics."
+                )
+        actual = model_fingerprint(model, module_names)
+        check_fingerprint(self.fingerprint, actual, "The key statistics", quantised=is_quantised(model))
+
+    def subset(self, module_names: Sequence[str]) -> KeyStatistics:
+        """The statistics of these modules only."""
+        return replace(self, second_moments={name: self.second_moments[name] for name in module_names})
+
+    def merge(self, other: KeyStatistics) -> KeyStatistics:
+        """Statistics of both texts together: the mean, weighted by tokens.
+
+        Raises:
+            ValueError: if the modules or the base models differ.
+        """
+        if set(self.second_moments) != set(other.second_moments):
+            differ = sorted(set(self.second_moments) ^ set(other.second_moments))
+            raise ValueError(
+                f"Key statistics of different modules cannot be merged: '{differ[0]}' is in one of them only."
+            )
+        check_fingerprint(self.fingerprint, other.fingerprint, "The key statistics to merge")
+        total = self.tokens + other.tokens
+        merged = {
+            name: (
+                (moment.double() * self.tokens + other.second_moments[name].double() * other.tokens) / total
+            ).float()
+            for name, moment in self.second_moments.items()
+        }
+        source = " + ".join(dict.fromkeys(part for part in (self.source, other.source) if part))
+        return KeyStatistics(merged, total, source, self.fingerprint)
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes `key_statistics.safetensors` (upper triangles, float32) and `key_statistics.json`, atomically."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        packed = {
+            name: moment[tuple(torch.triu_indices(*moment.shape))].float().cpu().contiguous()
+            for name, moment in self.second_moments.items()
+        }
+        about = {
+            "format_version": FORMAT_VERSION,
+            "tokens": self.tokens,
+            "source": self.source,
+            "modules": {name: moment.shape[0] for name, moment in self.second_moments.items()},
+            "fingerprint": dict(self.fingerprint),
+        }
+        replace_file(folder / STATISTICS_TENSORS, lambda path: save_file(packed, path, metadata={"format": "pt"}))
+        replace_file(folder / STATISTICS_JSON, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+
+    save_pretrained = save
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> KeyStatistics:
+        """Reads what `save` wrote and checks it.
+
+        Raises:
+            ValueError: naming the file that is missing, truncated or inconsistent, and how.
+        """
+        folder = Path(directory)
+        try:
+            about = json.loads((folder / STATISTICS_JSON).read_text(encoding="utf-8"))
+            version, modules = about["format_version"], dict(about["modules"])
+            tokens, source, fingerprint = int(about["tokens"]), str(about["source"]), dict(about["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _broken(folder / STATISTICS_JSON, repr(error)) from error
+        if version != FORMAT_VERSION:
+            raise _broken(folder / STATISTICS_JSON, f"format version {version}, this release reads {FORMAT_VERSION}")
+        path = folder / STATISTICS_TENSORS
+        try:
+            with safe_open(path, framework="pt") as file:
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError) as error:
+            raise _broken(path, str(error)) from error
+        if set(packed) != set(modules):
+            raise _broken(path, f"it holds {sorted(packed)}, {STATISTICS_JSON} names {sorted(modules)}")
+        moments = {}
+        for name, size in modules.items():
+            triangle = packed[name]
+            if triangle.shape != (size * (size + 1) // 2,) or not triangle.is_floating_point():
+                raise _broken(path, f"'{name}' has shape {tuple(triangle.shape)}, which is no triangle of {size} rows")
+            if not bool(triangle.isfinite().all()):
+                raise _broken(path, f"'{name}' holds values that are not finite numbers")
+            moment = torch.zeros(size, size)
+            rows, columns = torch.triu_indices(size, size)
+            moment[rows, columns] = triangle.float()
+            moment[columns, rows] = triangle.float()
+            moments[name] = moment
+        return cls(moments, tokens, source, fingerprint)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **hub_kwargs: Any) -> KeyStatistics:
+        """From a directory, or from a Hub repository (`revision`, `token`, `cache_dir`, `local_files_only`, …)."""
+        if Path(name_or_path).is_dir():
+            return cls.load(name_or_path)
+        files = [
+            hf_hub_download(str(name_or_path), name, **hub_kwargs) for name in (STATISTICS_JSON, STATISTICS_TENSORS)
+        ]
+        return cls.load(Path(files[0]).parent)
+
+    def push_to_hub(self, repo_id: str, token: str | None = None, private: bool | None = None) -> str:
+        """Uploads both files to a model repository of the Hub and returns the commit's address."""
+        import tempfile
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Key statistics"))
+
+
+def collect_statistics(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[Any],
+    module_names: Sequence[str],
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    max_length: int = 512,
+    source: str = "",
+    progress: bool = False,
+) -> KeyStatistics:
+    """Runs texts through the model up to the last of the modules and averages k kᵀ over all tokens.
+
+    Args:
+        model: The base model, adapters disabled.
+        tokenizer: Its tokenizer.
+        texts (`Iterable`): Strings, mappings with a "text" field (a `datasets.Dataset` is an iterable of such), or
+            sequences of token ids.
+        module_names (`Sequence[str]`): Modules whose input is the key.
+        max_tokens (`int`, *optional*): Where to stop; by default ten per input dimension of the widest module.
+        batch_size (`int`): Sequences per forward pass.
+        max_length (`int`): Tokens per sequence at most; longer texts are cut into several.
+        source (`str`): What the text is, stored with the statistics.
+        progress (`bool`): Show a progress bar.
+
+    Returns:
+        `KeyStatistics`
+
+    Raises:
+        ValueError: if there is no text, a module does not exist, or a key is not finite.
+    """
+    modules = {}
+    for name in module_names:
+        try:
+            modules[name] = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"The model has no module '{name}' to collect statistics of.") from error
+    length = min(max_length, context_window(model.config) or max_length)
+    device = model.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+    limit = max_tokens
+    bar = tqdm(total=limit, desc="Key statistics", unit="tokens", disable=not progress)
+    with evaluating(model), torch.no_grad(), bar:
+        for batch in _batches(_token_sequences(tokenizer, texts, length), batch_size):
+            width = max(map(len, batch))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
+            _accumulate(model, modules, ids.to(device), mask.to(device), sums)
+            tokens += int(mask.sum())
+            bar.update(int(mask.sum()))
+            if limit is None:
+                limit = bar.total = TOKENS_PER_INPUT * max(moment.shape[0] for moment in sums.values())
+            if tokens >= limit:
+                break
+    if tokens == 0:
+        raise ValueError("There is no text to collect key statistics from: every text given is empty.")
+    moments = {}
+    for name in module_names:
+        moments[name] = (sums[name] / tokens).float().cpu()
+        if not bool(moments[name].isfinite().all()):
+            raise ValueError(
+                f"The keys of '{name}' are not finite numbers: the weights hold NaN or overflow in this dtype."
+            )
+    widest = max(moment.shape[0] for moment in moments.values())
+    if tokens < widest:
+        warnings.warn(
+            f"Key statistics from {tokens} tokens for {widest} input dimensions: at least {TOKENS_PER_INPUT * widest} "
+            "tokens are advised.",
+            stacklevel=2,
+        )
+    return KeyStatistics(moments, tokens, source, model_fingerprint(model, module_names))
+
+
+def _accumulate(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    sums: dict[str, torch.Tensor],
+) -> None:
+    """Adds one batch's k kᵀ to `sums`; the forward pass ends as soon as every module has been seen."""
+    seen: set[str] = set()
+
+    def add(name: str, hidden: torch.Tensor) -> None:
+        hidden = hidden.reshape(*ids.shape, hidden.shape[-1])
+        keys = hidden[mask.to(hidden.device).bool()].to(solve_dtype(hidden.device))
+        if name not in sums:
+            sums[name] = torch.zeros(keys.shape[1], keys.shape[1], dtype=keys.dtype, device=keys.device)
+        sums[name].addmm_(keys.T, keys)
+        seen.add(name)
+        if len(seen) == len(modules):
+            raise StopForward
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(on_input(module, lambda hidden, name=name: add(name, hidden)))
+        try:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except StopForward:
+            pass
+
+
+def _token_sequences(tokenizer: Any, texts: Iterable[Any], length: int) -> Iterable[list[int]]:
+    for text in texts:
+        if isinstance(text, Mapping):
+            if "text" not in text:
+                raise ValueError(
+                    f"A record without a 'text' field ({sorted(text)}): pass texts, or a dataset with one."
+                )
+            text = text["text"]
+        if isinstance(text, str):
+            ids = list(tokenizer(text)["input_ids"]) if text.strip() else []
+        else:
+            ids = [int(token) for token in text]
+        for start in range(0, len(ids), length):
+            yield ids[start : start + length]
+
+
+def _batches(sequences: Iterable[list[int]], size: int) -> Iterable[list[list[int]]]:
+    batch = []
+    for sequence in sequences:
+        batch.append(sequence)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def sample_texts(
+    model: Any, tokenizer: Any, num_tokens: int, seed: int, batch_size: int = 32, length: int = 128
+) -> list[list[int]]:
+    """Text that the model itself writes, as token ids: what to fall back on where no text is at hand.
+
+    Sampling is seeded and leaves the global random state untouched.
+
+    Args:
+        model: The causal language model, adapters disabled.
+        tokenizer: Its tokenizer; without a BOS token each text starts with a random token.
+        num_tokens (`int`): Tokens wanted in all.
+        seed (`int`): Seed.
+        batch_size (`int`): Texts written at a time.
+        length (`int`): Tokens per text at most.
+    """
+    device = model.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    special = set(tokenizer.all_special_ids)
+    plain = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    length = min(length, context_window(model.config) or length)
+    texts: list[list[int]] = []
+    written = 0
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(model):
+        torch.manual_seed(seed)
+        while written < num_tokens:
+            if tokenizer.bos_token_id is not None:
+                start = torch.full((batch_size, 1), tokenizer.bos_token_id)
+            else:
+                start = plain[torch.randint(len(plain), (batch_size, 1))]
+            ids = start.to(device)
+            cache = None
+            step = ids
+            for _ in range(length - 1):
+                output = model(input_ids=step, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits = output.logits[:, -1, : len(tokenizer)].float()
+                logits[:, sorted(token for token in special if token < logits.shape[1])] = -torch.inf
+                step = torch.multinomial(logits.softmax(-1), 1)
+                ids = torch.cat([ids, step], dim=1)
+            texts += ids.tolist()
+            written += ids.numel()
+    return texts
+
+
+def _broken(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"The key statistics file '{path}' cannot be used ({why}): collect or fetch the statistics again."
+    )
