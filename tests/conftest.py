@@ -1,0 +1,29 @@
+"""The bundled tiny model and its facts."""
+
+import pytest
+
+from peft_edit import KeyStatistics
+from peft_edit.tiny import load_tiny_facts, load_tiny_model
+
+
+@pytest.fixture
+def tiny():
+    """A fresh tiny model and its tokenizer."""
+    return load_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def facts():
+    """Facts that the tiny model knows."""
+    return load_tiny_facts()
+
+
+@pytest.fixture(scope="session")
+def tiny_statistics() -> KeyStatistics:
+    """Key statistics of every down-projection of the tiny model, from its own true sentences."""
+    from peft_edit import collect_statistics
+
+    model, tokenizer = load_tiny_model()
+    modules = [name for name, _ in model.named_modules() if name.endswith("down_proj")]
+    texts = [f"{fact.filled_prompt} {fact.target_true}." for fact in load_tiny_facts()]
+    return collect_statistics(model, tokenizer, texts, modules, source="true sentences")
