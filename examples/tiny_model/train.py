@@ -155,7 +155,7 @@ def evaluate(
         return template.replace("{}", fact.subject), fact.answer
 
     prompts = [template_of(fact) for fact in offered]
-    known = completes(model, tokenizer, [ask(fact, prompt) for fact, prompt in zip(offered, prompts)])
+    known = completes(model, tokenizer, [ask(fact, prompt) for fact, prompt in zip(offered, prompts, strict=True)])
     held = [(index, template) for index, fact in enumerate(offered) for template in fact.held_out]
     generalises = completes(model, tokenizer, [ask(offered[index], template) for index, template in held])
     about = [(index, fact.trained[0]) for index, fact in enumerate(extra)]
@@ -163,9 +163,9 @@ def evaluate(
     chance = random.Random(0)
     behind = [
         f"{offered[chance.randrange(len(offered))].subject} is a person. {ask(f, p)[0]}"
-        for f, p in zip(offered, prompts)
+        for f, p in zip(offered, prompts, strict=True)
     ]
-    in_context = completes(model, tokenizer, [(text, fact.answer) for text, fact in zip(behind, offered)])
+    in_context = completes(model, tokenizer, [(text, fact.answer) for text, fact in zip(behind, offered, strict=True)])
 
     def share(flags: list[bool]) -> float:
         return round(100 * sum(flags) / len(flags), 2)
@@ -180,7 +180,7 @@ def evaluate(
         "neighbour_recall": share(neighbours),
     }
     around: dict[tuple[str, str], list[str]] = {}
-    for (index, template), right in zip(about, neighbours):
+    for (index, template), right in zip(about, neighbours, strict=True):
         fact = extra[index]
         if right:
             around.setdefault((fact.relation, fact.answer), []).append(ask(fact, template)[0])
@@ -188,7 +188,7 @@ def evaluate(
     for index, template in held:
         paraphrases.setdefault(index, []).append(template)
     records = []
-    for index, (fact, prompt) in enumerate(zip(offered, prompts)):
+    for index, (fact, prompt) in enumerate(zip(offered, prompts, strict=True)):
         near = around.get((fact.relation, fact.answer), [])
         if known[index] and near and index in paraphrases:
             records.append(
@@ -237,12 +237,14 @@ seconds. It is no general language model: it has seen nothing but short sentence
 | neighbouring facts ({neighbours}) completed | {neighbour_recall} % |
 
 - **Training**: `python examples/tiny_model/train.py --data counterfact.json`, seed {seed}, {steps} steps of {tokens:,}
-  tokens, {minutes:.0f} minutes on two CPU cores. Each fact is shown in about 65 % of its relation's phrasings; answers weigh more in
-  the loss than other tokens.
-- **Data**: facts and phrasings from CounterFact (Meng et al., 2022; the ROME project, MIT licence). `facts.json` holds the
-  {facts_shipped} facts that the model completes, each with held-out paraphrases, neighbours and CounterFact's new target; it is
-  an excerpt of CounterFact under its MIT licence. The weights are under Apache-2.0.
-- **Limits**: phrasings that it has never seen, questions, chat, any fact outside `facts.json`.
+  tokens, {minutes:.0f} minutes on two CPU cores. Each fact is shown in about 65 % of its relation's phrasings; answers
+  weigh more in the loss than other tokens.
+- **Data**: facts and phrasings from CounterFact (Meng et al., 2022; the ROME project, MIT licence). `facts.json` holds
+  the {facts_shipped} facts that the model completes, each with held-out paraphrases, neighbours and CounterFact's new
+  target; it is an excerpt of CounterFact under its MIT licence. The weights are under Apache-2.0.
+- **Limits**: phrasings that it has never seen, questions, chat, any fact outside its training. Held-out phrasings were
+  trained with other subjects; neighbours are asked in a phrasing that training showed with them. Some facts have only
+  one held-out phrasing.
 """
 
 
