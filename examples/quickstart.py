@@ -102,12 +102,16 @@ def main() -> None:
     for fact, old, new in zip(facts, before, after):
         print(f"  {fact.filled_prompt} … {old}  ->  {new}   (wanted: {fact.target})")
     print(f"\nbase    {scores['base']}\nedited  {scores['edited']}")
-    print(f"recall of {len(unedited)} unedited facts: {kept_before:.1f} % -> {recall(model, tokenizer, unedited):.1f} %")
+    print(
+        f"recall of {len(unedited)} unedited facts: {kept_before:.1f} % -> {recall(model, tokenizer, unedited):.1f} %"
+    )
     plot_norms(report.norms, args.norm_budget, args.batch_size, args.output / "norms.png")
 
     (removed,) = model.remove_facts(facts[-1])
     print(f"undone: {facts[-1].filled_prompt} … {complete(model, tokenizer, facts[-1].filled_prompt)}")
-    print(f"        (was edited to {removed.target}, true is {facts[-1].target_true}; {len(model.edited_facts())} facts left)")
+    print(
+        f"        (was edited to {removed.target}, true is {facts[-1].target_true}; {len(model.edited_facts())} facts left)"
+    )
 
     adapter = args.output / "adapter"
     model.save_pretrained(adapter)

@@ -47,16 +47,17 @@ TARGET_MODULES: dict[str, list[str]] = {
 
 _MIXTURE = re.compile(r"expert|moe|sparsemlp|mixture", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_BESIDE_MLP = re.compile(r"attn|attention|norm", re.IGNORECASE)
 
 
 def default_layers(num_layers: int, model_type: str) -> list[int]:
-    """The blocks to edit where the user names none: an early-middle band.
+    """The blocks to edit where the user names none: an early band, scaled with the depth; at least one, never the last.
 
-    Five of 32 (4 to 8, as published for Llama), of 48 GPT-2 blocks 13 to 17; scaled with the depth, at least one, and
-    never the last.
+    Blocks 4 to 8 of 32 as published for Llama, 13 to 17 of 48 for GPT-2. Where the depth does not divide, rather
+    earlier: past the layer that reads the subject an edit comes too late.
     """
-    width = min(5, max(1, round(num_layers * 5 / 32)))
-    first = round(num_layers * (13 / 48 if model_type == "gpt2" else 1 / 8))
+    width = min(5, max(1, num_layers * 5 // 32))
+    first = num_layers * 13 // 48 if model_type == "gpt2" else num_layers // 8
     first = max(0, min(first, num_layers - 1 - width))
     return list(range(first, min(first + width, num_layers)))
 
@@ -80,7 +81,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
                 return min(lists, key=lambda found: found[0].count("."))
     raise ValueError(
         f"{type(model).__name__} has no list of decoder blocks that its config counts, so it cannot be edited: "
-        "peft-edit edits decoder-only language models."
+        "peft-edit edits decoder-only language models. For the adapter alone, on any model, name its modules in "
+        "EditConfig(target_modules=[...])."
     )
 
 
@@ -97,7 +99,7 @@ def find_down_projections(model: nn.Module) -> list[str]:
         mixture = [
             name
             for name, module in block.named_modules()
-            if name and _MIXTURE.search(f"{name} {type(module).__name__}")
+            if name and not _BESIDE_MLP.search(name) and _MIXTURE.search(f"{name} {type(module).__name__}")
         ]
         if mixture:
             raise ValueError(

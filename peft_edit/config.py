@@ -16,6 +16,9 @@ from .memory import MEMORY_FILES, EditMemory
 from .register import EDIT
 
 
+REFINEMENTS_WITH_MPES = 4
+
+
 @dataclass
 class EditConfig(PeftConfig):
     """Configuration of an `EditModel`.
@@ -57,6 +60,13 @@ class EditConfig(PeftConfig):
     )
     norm_budget: float | None = field(
         default=None, metadata={"help": "Largest allowed ||Δ||_F / ||W0||_F per module, met exactly; None for no cap."}
+    )
+    refinements: int | str = field(
+        default="auto",
+        metadata={
+            "help": "Rounds in which what the ridge solution leaves unwritten is added to the values of a new batch. "
+            "'auto': 4 with MPES, whose targets have no margin to lose, 0 without."
+        },
     )
     early_stopping: str = field(
         default="mpes", metadata={"help": "'mpes' (stop once the target is most probable everywhere) or 'none'."}
@@ -109,6 +119,8 @@ class EditConfig(PeftConfig):
             )
         if self.early_stopping not in ("mpes", "none"):
             raise ValueError(f"early_stopping must be 'mpes' or 'none', got {self.early_stopping!r}.")
+        if self.refinements != "auto" and not (isinstance(self.refinements, int) and self.refinements >= 0):
+            raise ValueError(f"refinements must be 'auto' or a whole number >= 0, got {self.refinements!r}.")
         for name, least in (("search_steps", 1), ("mpes_extra_steps", 0), ("num_contexts", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -121,6 +133,13 @@ class EditConfig(PeftConfig):
             value = getattr(self, name)
             if not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+
+    @property
+    def refinement_rounds(self) -> int:
+        """`refinements` as a number."""
+        if self.refinements == "auto":
+            return REFINEMENTS_WITH_MPES if self.early_stopping == "mpes" else 0
+        return int(self.refinements)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json` and, unless `save_memory` is off, the edit memory beside it."""

@@ -24,6 +24,7 @@ from .report import EditReport, FactReport
 from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
 from .search import SearchResult, SearchSettings, search_targets
+from .solve import refined_values
 from .statistics import KeyStatistics, collect_statistics, sample_texts
 
 
@@ -250,8 +251,8 @@ class FactEditor:
         failed = [bool(flag) for flag in found.failed]
         if all(failed) and not bool(found.steps.any()):
             raise ValueError(
-                "The model's outputs are not finite for any of these facts before anything is changed: the weights "
-                "hold NaN or infinite values, or overflow in this dtype (try bfloat16 or float32)."
+                "The model's outputs are not finite before anything is changed: the weights hold "
+                "NaN or infinite values, or overflow in this dtype (try bfloat16 or float32)."
             )
         bad = [fact for fact, flag in zip(facts, failed) if flag]
         if bad:
@@ -282,7 +283,7 @@ class FactEditor:
         for index, (name, layer) in enumerate(self.layers.items()):
             with self.watch("keys"):
                 module_keys = read_at_subject(self.model, rows, inputs_of=layer)[0]
-                module_keys = module_keys.to(targets.dtype).reshape(len(facts), -1, module_keys.shape[-1]).mean(1)
+                module_keys = _fact_keys(module_keys.to(targets.dtype).reshape(len(facts), -1, module_keys.shape[-1]))
                 path = self._path(name, prompts[0])
                 if path is None:
                     increments = found.increments[place]
@@ -298,10 +299,31 @@ class FactEditor:
             with self.watch("solve"):
                 known = memory.equations(name, layer.in_features, layer.out_features, delta.device)
                 equations[name] = known.add(keys[name].to(known.gram), values[name].to(known.gram))
-                solve_module(self.tuner, self.adapter_name, name, equations[name], memory)
+                solution = solve_module(self.tuner, self.adapter_name, name, equations[name], memory)
+                if self.config.refinement_rounds and not solution.budget_binding:
+                    values[name] = refined_values(
+                        equations[name],
+                        memory.statistics.second_moments[name],
+                        solution,
+                        keys[name],
+                        values[name],
+                        self.config.refinement_rounds,
+                    )
+                    equations[name] = known.add(keys[name].to(known.gram), values[name].to(known.gram))
+                    solve_module(self.tuner, self.adapter_name, name, equations[name], memory)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         records = [
             EditRecord(fact.fact_id, fact.subject, fact.prompt, fact.target, now, memory.batches + 1, fact.target_true)
             for fact in facts
         ]
         self.config.memory = memory.append(records, keys, values, equations)
+
+
+def _fact_keys(row_keys: torch.Tensor) -> torch.Tensor:
+    """One key per fact, (n, d_in), of those of its rows, (n, rows, d_in).
+
+    As in MEMIT's code the bare prompt counts half, the contexts together the other half.
+    """
+    if row_keys.shape[1] == 1:
+        return row_keys[:, 0]
+    return 0.5 * row_keys[:, 0] + 0.5 * row_keys[:, 1:].mean(1)

@@ -13,7 +13,7 @@ from torch import nn
 SAMPLES = 32
 
 # Relative difference of the sampled weights (root mean square) up to which they count as the same. Loading in a
-# narrower dtype moves them by up to half a percent, quantisation by up to a tenth; other models differ by more than one.
+# narrower dtype moves them by up to half a percent, quantisation by up to a tenth; other models differ by more.
 SAME_WEIGHTS = 0.02
 SAME_QUANTISED_WEIGHTS = 0.3
 

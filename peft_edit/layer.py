@@ -112,10 +112,16 @@ class EditLayer(BaseTunerLayer):
     def base_norm(self) -> float:
         """||W0||_F of the unedited base weight, in float64; also while merged, offloaded or quantised."""
         base = self.get_base_layer()
-        if self.unmerged_weight is not None and self.quantization_backend is None:
-            weight = self.unmerged_weight
-        else:
+        if self.unmerged_weight is None:
             weight = self.get_base_weight()
+        elif self.quantization_backend is None:
+            weight = self.unmerged_weight
+        else:  # only the backend can read the kept weight, and only in its place
+            merged, base.weight = base.weight, self.unmerged_weight
+            try:
+                weight = self.get_base_weight()
+            finally:
+                base.weight = merged
         if weight.device.type == "meta":
             weights, key = _offloaded_weight(base)
             weight = weights[key]
@@ -154,31 +160,47 @@ class EditLinear(nn.Module, EditLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.edit_delta]
         if not names:
             return
-        weight = self.get_base_weight()
-        dtype = weight.dtype
-        merged = weight.to(torch.promote_types(dtype, self._delta_dtype()))
+        merged = self.get_base_weight()
         for name in names:
-            merged = merged + self.get_delta_weight(name).to(merged)
-        if safe_merge and not bool(torch.isfinite(merged).all()):
-            raise ValueError(f"Merging {', '.join(names)} gives weights that are not finite; nothing was merged.")
+            merged = self._with_delta(merged, name)
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if self.unmerged_weight is None:
             base = self.get_base_layer()
             self.unmerged_weight = base.weight.data if self.quantization_backend is None else base.weight
-        self.set_base_weight(merged.to(dtype))
+        self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Puts the kept base weight back, bit for bit."""
+        """Puts the kept base weight back, bit for bit.
+
+        If another type of adapter was merged into, or out of, the same weight since, the kept weight is not the right
+        one: then the deltas alone are taken out, to rounding.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
         if self.quantization_backend is None:
-            base.weight.data = self.unmerged_weight.to(base.weight)
+            now = base.weight.data
+            kept = expected = self.unmerged_weight.to(now.device)
+            for name in self.merged_adapters:
+                expected = self._with_delta(expected, name)
+            if torch.allclose(expected.to(now.dtype), now, rtol=0, atol=0, equal_nan=True):
+                base.weight.data = kept.to(now.dtype)
+            else:
+                wide = torch.promote_types(now.dtype, self._delta_dtype())
+                base.weight.data = (now.to(wide) - (expected.to(wide) - kept.to(wide))).to(now.dtype)
         else:
             base.weight = self.unmerged_weight
         self.unmerged_weight = None
         self.merged_adapters.clear()
+
+    def _with_delta(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`weight` plus the delta, added in the wider of the two dtypes and rounded to that of `weight`."""
+        delta = self.get_delta_weight(adapter_name)
+        wide = torch.promote_types(weight.dtype, delta.dtype)
+        return (weight.to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

@@ -9,7 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _delete_auxiliary_adapter
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_adapters_not_merged,
+    _delete_auxiliary_adapter,
+)
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -63,11 +68,16 @@ class EditModel(BaseTuner):
             model_type = model_config.get("model_type", "custom")
             names = TARGET_MODULES.get(model_type) or find_down_projections(self.model)
             peft_config.target_modules = set(names)
-            blocks = find_blocks(self.model)[1]
             if peft_config.layers_to_transform is None:
-                peft_config.layers_to_transform = default_layers(len(blocks), model_type)
+                peft_config.layers_to_transform = default_layers(len(find_blocks(self.model)[1]), model_type)
         if peft_config.layers_to_transform is not None:
-            check_layers(peft_config.layers_to_transform, len(find_blocks(self.model)[1]))
+            try:
+                path, blocks = find_blocks(self.model)
+            except ValueError:  # no language model; PEFT finds the indices in the module names
+                return peft_config
+            check_layers(peft_config.layers_to_transform, len(blocks))
+            if "." not in path and not peft_config.layers_pattern:
+                peft_config.layers_pattern = [path]  # of a model without a head; PEFT looks for a dot before it
         return peft_config
 
     def _create_and_replace(
@@ -151,21 +161,17 @@ class EditModel(BaseTuner):
         """Deletes an adapter and its edit memory.
 
         Raises:
-            ValueError: if there is no such adapter.
+            ValueError: if there is no such adapter, or if it is merged.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        merged = [name for name, layer in self.edit_layers().items() if adapter_name in layer.merged_adapters]
-        if merged:
-            raise ValueError(
-                f"Adapter {adapter_name!r} is merged into '{merged[0]}': call unmerge_adapter() before deleting it."
-            )
+        _check_adapters_not_merged(self.model, adapter_name)
         del self.peft_config[adapter_name]
         # PEFT's helper would pass over modules whose name contains the prefix, such as "credit_head".
         remaining: list[str] = []
         for layer in self.edit_layers().values():
             layer.delete_adapter(adapter_name)
-            remaining = layer.active_adapters[:]
+            remaining = remaining or layer.active_adapters[:]
         _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=remaining)
         self.active_adapter = remaining or []
 
@@ -183,8 +189,8 @@ class EditModel(BaseTuner):
             weights (`list[float]`): One weight each.
             adapter_name (`str`): Name of the new adapter, which is not activated.
             combination_type (`str`): `"linear"`: weighted sum of the deltas; the result has no edit memory.
-                `"memory"`: the edit memories are joined and solved together, so that the result can be edited on; needs disjoint
-                facts and weights of 1.
+                `"memory"`: the edit memories are joined and solved together, so that the result can be edited on;
+                needs disjoint facts and weights of 1.
 
         Raises:
             ValueError: if names, weights or memories do not fit together; nothing is added then.

@@ -214,7 +214,12 @@ def generate_contexts(
             ids = torch.tensor([opening], device=device)
             for _ in range(max_tokens):
                 logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
-                logits[list(special)] = -torch.inf
+                if not bool(torch.isfinite(logits).all()):
+                    raise ValueError(
+                        "The model's outputs are not finite before anything is changed: the weights hold NaN or infinite "
+                        "values, or overflow in this dtype (try bfloat16 or float32)."
+                    )
+                logits[[token for token in special if token < len(logits)]] = -torch.inf
                 values, candidates = logits[: len(tokenizer)].topk(5)
                 choice = torch.multinomial(values.softmax(-1).cpu(), 1).to(candidates.device)
                 ids = torch.cat([ids, candidates[choice][None].to(ids.device)], dim=1)

@@ -35,18 +35,23 @@ class ResidualPath:
         return self.scale * (self._normed(output + increment) - self._normed(output))
 
     def pull(self, output: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """The increment of the module's output that changes the block's output by `change`.
+        """The increment of the module's output that changes the block's output by `change`; both (..., d_model).
 
-        Behind a norm only the direction of the module's output counts, so the increment keeps its length: exact for a
-        change that the norm can express, the nearest direction for another.
+        Exact for a change that the norm can express. For another it is the one in the same direction: behind a norm
+        the length of the module's output hardly counts, so it is kept.
         """
         if self.norm is None:
             return change if self.scale == 1.0 else change / self.scale
         gain = self._gain(output)
         usable = gain.abs() > 1e-4 * gain.abs().amax(-1, keepdim=True)
-        direction = (self._normed(output) + change / self.scale) / torch.where(usable, gain, torch.ones_like(gain))
-        length = _rms(output)
-        return torch.where(usable, direction * length - output, torch.zeros_like(output))
+        wanted = (self._normed(output) + change / self.scale) / torch.where(usable, gain, torch.ones_like(gain))
+        size, epsilon = wanted.square().mean(-1, keepdim=True), self._epsilon()
+        length = output.square().mean(-1, keepdim=True)
+        # norm(s q) = w q s / sqrt(s² mean(q²) + ε) is w q at s² = ε / (1 − mean(q²)), where mean(q²) < 1.
+        exact = epsilon / (1 - size).clamp_min(1e-12)
+        small = (epsilon > 1e-4 * length) & (size < 1) & (exact < 1e4 * length.clamp_min(epsilon))
+        factor = torch.where(small, exact, length / size.clamp_min(1e-12)).sqrt()
+        return torch.where(usable, wanted * factor - output, torch.zeros_like(output))
 
     def unit(self, output: torch.Tensor) -> torch.Tensor:
         """Length of an increment of `u` per unit of change in the residual stream, (..., 1), for scaling only."""
@@ -59,12 +64,11 @@ class ResidualPath:
         assert self.norm is not None
         return self.norm(output)
 
+    def _epsilon(self) -> float:
+        return float(getattr(self.norm, "variance_epsilon", getattr(self.norm, "eps", 0.0)) or 0.0)
+
     def _gain(self, output: torch.Tensor) -> torch.Tensor:
         return self._normed(torch.ones_like(output[..., :1]).expand_as(output).contiguous())
-
-
-def _rms(vector: torch.Tensor) -> torch.Tensor:
-    return vector.square().mean(-1, keepdim=True).sqrt()
 
 
 def probe_residual_path(
@@ -88,16 +92,14 @@ def probe_residual_path(
         fed: list[nn.Module] = []
 
         def at_module(hidden: torch.Tensor) -> torch.Tensor | None:
-            seen["output"] = hidden[0, -1].detach().clone()
-            if shift is None:
-                return None
-            moved = hidden.clone()
-            moved[0, -1] += shift.to(hidden)
-            seen["output"] = moved[0, -1].detach().clone()
-            return moved
+            moved = hidden.reshape(-1, hidden.shape[-1]).clone()  # some blocks flatten batch and positions
+            if shift is not None:
+                moved[-1] += shift.to(hidden)
+            seen["output"] = moved[-1].detach().clone()
+            return None if shift is None else moved.reshape(hidden.shape)
 
         def at_block(hidden: torch.Tensor) -> None:
-            seen["block"] = hidden[0, -1].detach().clone()
+            seen["block"] = hidden.reshape(-1, hidden.shape[-1])[-1].detach().clone()
             raise StopForward
 
         with ExitStack() as stack, torch.no_grad():
@@ -126,9 +128,6 @@ def probe_residual_path(
     change = (after.double() - before.double()).to(increment.device)
     noise = 4 * torch.finfo(output.dtype).eps * max(float(before.double().norm()), float(after.double().norm()))
     tolerance = 0.02 * float(change.norm()) + noise
-    scale = float(change @ increment / (increment @ increment))
-    if float((change - scale * increment).norm()) <= tolerance:
-        return ResidualPath(scale=1.0 if abs(scale - 1.0) * float(increment.norm()) <= tolerance else scale)
     for norm in fed:
         expected = (norm(moved) - norm(output)).detach().double().to(change.device)
         scale = float(change @ expected / (expected @ expected).clamp_min(1e-300))
@@ -140,4 +139,8 @@ def probe_residual_path(
             float((recovered.double().to(change.device) - change).norm()) <= tolerance
         ):
             return path
+    # No norm is fed with the module's output: addition, scaled or not.
+    scale = float(change @ increment / (increment @ increment))
+    if float((change - scale * increment).norm()) <= tolerance:
+        return ResidualPath(scale=1.0 if abs(scale - 1.0) * float(increment.norm()) <= tolerance else scale)
     return None

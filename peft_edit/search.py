@@ -217,7 +217,8 @@ class _Search:
             reached[active] = torch.where(probable & (reached[active] < 0), steps[active], reached[active])
             done = bad | (steps[active] >= self.settings.steps - 1)
             if self.settings.early_stopping == "mpes":
-                done |= (reached[active] >= 0) & (steps[active] - reached[active] >= self.settings.extra_steps)
+                waited = steps[active] - reached[active] >= self.settings.extra_steps
+                done |= probable & waited  # an extra step that lost the target again is not the end
             finished = done.cpu()  # the one wait for the device per step
             if not bool(finished.all()):
                 (gradient,) = torch.autograd.grad(objective[~done].sum(), current)

@@ -46,7 +46,11 @@ def test_reads_flat_counterfact_and_zsre():
         "locality_prompt": "John Lennon performs on the",
     }
     (fact,) = as_facts([flat])
-    assert (fact.prompt, fact.target_true, fact.paraphrases) == ("{}, the", "guitar", ("Toko Yasuda is incredible at",))
+    assert (fact.prompt, fact.target_true, fact.paraphrases) == (
+        "{}, the",
+        "guitar",
+        ("Toko Yasuda is incredible at",),
+    )
     zsre = {
         "subject": "Epaspidoceras",
         "target_new": "Noctuidae",
@@ -101,7 +105,10 @@ def test_refuses_shared_ids_and_missing_files(tmp_path):
         as_facts(broken)
 
 
-@given(subject=st.text(min_size=1).filter(lambda t: t.strip() and "\0" not in t), tail=st.text(alphabet="{}ab ", max_size=5))
+@given(
+    subject=st.text(min_size=1).filter(lambda t: t.strip() and "\0" not in t),
+    tail=st.text(alphabet="{}ab ", max_size=5),
+)
 @settings(derandomize=True, max_examples=200)
 def test_braces_in_subjects_are_plain_text(subject, tail):
     subject = subject + tail

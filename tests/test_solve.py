@@ -91,10 +91,14 @@ def test_budget_is_met_by_the_smallest_penalty(seed, share, penalty):
     generator = torch.Generator().manual_seed(seed)
 
     def objective(delta):
-        return float(((keys @ delta.T - values) ** 2).sum() + (delta @ covariance * delta).sum() + penalty * (delta**2).sum())
+        return float(
+            ((keys @ delta.T - values) ** 2).sum() + (delta @ covariance * delta).sum() + penalty * (delta**2).sum()
+        )
 
     for _ in range(5):
-        other = bound.delta + 0.1 * bound.norm * torch.randn(bound.delta.shape, generator=generator, dtype=torch.float64)
+        other = bound.delta + 0.1 * bound.norm * torch.randn(
+            bound.delta.shape, generator=generator, dtype=torch.float64
+        )
         other *= min(1.0, budget / float(other.norm()))
         assert objective(other) >= objective(bound.delta)
 

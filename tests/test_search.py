@@ -1,0 +1,125 @@
+"""The target search: equal to a plain loop, on the tiny model; MPES; facts that diverge."""
+
+import pytest
+import torch
+
+from peft_edit.hooks import evaluating
+from peft_edit.prompts import PromptEncoder, generate_contexts
+from peft_edit.residual import ResidualPath, probe_residual_path
+from peft_edit.search import SearchSettings, search_targets
+
+from .plain_search import plain_search
+
+
+BLOCK = 0
+
+
+@pytest.fixture
+def problem(tiny, facts):
+    model, tokenizer = tiny
+    contexts = generate_contexts(model, tokenizer, 2, seed=0)
+    encoder = PromptEncoder(tokenizer, model.config.vocab_size, 256)
+    prompts = [encoder.encode_fact(fact, contexts) for fact in facts[:12]]
+    block = model.model.layers[BLOCK]
+    return model, block, block.mlp.down_proj, prompts
+
+
+def search(model, block, module, prompts, settings, **options):
+    path = ResidualPath()
+    return search_targets(model, model.model.layers, BLOCK, module, path, prompts, settings, **options)
+
+
+@pytest.mark.parametrize("early_stopping", ["mpes", "none"])
+def test_equals_the_plain_loop(problem, early_stopping):
+    model, block, module, prompts = problem
+    settings = SearchSettings(early_stopping=early_stopping, steps=10, slots=5)
+    found = search(model, block, module, prompts, settings)
+    for index, fact in enumerate(prompts):
+        delta, steps = plain_search(model, block, module, fact, settings)
+        assert steps == int(found.steps[index])
+        assert torch.cosine_similarity(delta, found.increments[index], dim=0) >= 0.9999
+        assert found.increments[index].norm() == pytest.approx(float(delta.norm()), rel=1e-3)
+
+
+def test_split_and_full_forward_agree_in_float64(problem):
+    model, block, module, prompts = problem
+    model.double()
+    settings = SearchSettings(steps=8)
+    split = search(model, block, module, prompts, settings)
+    full = search(model, block, module, prompts, settings, force_full=True)
+    assert split.increments.dtype == torch.float64
+    assert torch.equal(split.steps, full.steps)
+    assert torch.allclose(split.increments, full.increments, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(split.targets, full.targets, rtol=1e-6, atol=1e-9)
+
+
+def test_slots_and_order_do_not_matter(problem):
+    model, block, module, prompts = problem
+    settings = SearchSettings(steps=8, slots=3)
+    few = search(model, block, module, prompts, settings)
+    many = search(model, block, module, prompts[::-1], SearchSettings(steps=8, slots=50))
+    assert torch.equal(few.steps, many.steps.flip(0))
+    assert torch.cosine_similarity(few.increments, many.increments.flip(0)).min() > 0.9999
+
+
+def test_mpes_stops_when_the_target_is_most_probable(problem):
+    model, block, module, prompts = problem
+    stopped = search(model, block, module, prompts, SearchSettings())
+    to_the_end = search(model, block, module, prompts, SearchSettings(early_stopping="none"))
+    assert bool((to_the_end.steps == 24).all())
+    early = stopped.steps < 24
+    assert early.float().mean() >= 0.5
+    assert bool(stopped.converged[early].all())
+    assert stopped.increments[early].norm(dim=1).mean() < to_the_end.increments[early].norm(dim=1).mean()
+
+
+def test_increments_stay_in_the_ball(problem):
+    model, block, module, prompts = problem
+    settings = SearchSettings(early_stopping="none", max_norm=0.2)
+    found = search(model, block, module, prompts, settings)
+    hidden = found.targets - found.increments
+    assert bool((found.increments.norm(dim=1) <= 0.2 * hidden.norm(dim=1) * (1 + 1e-5)).all())
+
+
+def test_a_diverging_fact_fails_alone(problem):
+    model, block, module, prompts = problem
+    poisoned = prompts[3].rows[0].target_ids[0]
+    others = [i for i, fact in enumerate(prompts) if poisoned not in sum((row.ids for row in fact.rows), ())]
+    healthy = search(model, block, module, [prompts[i] for i in others], SearchSettings(steps=5))
+    assert len(others) >= 3 and not healthy.failed.any()
+    # A weight that only this fact's own tokens reach: its row of the input embedding.
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.model.embed_tokens.weight[prompts[3].rows[0].ids[prompts[3].rows[0].subject_index]] = torch.nan
+    found = search(model, block, module, prompts, SearchSettings(steps=5))
+    assert bool(found.failed[3]) and not bool(found.increments[3].any())
+    assert not bool(found.failed.all())
+    assert bool(torch.isfinite(found.increments).all())
+
+
+def test_unsplittable_models_fall_back_and_say_so(problem, monkeypatch):
+    model, block, module, prompts = problem
+    expected = search(model, block, module, prompts, SearchSettings(steps=4))
+    forward = model.forward
+
+    def without_a_cache(input_ids, attention_mask=None, use_cache=False, past_key_values=None):
+        if past_key_values is not None and past_key_values.get_seq_length():
+            raise TypeError("this model continues no cache")
+        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    monkeypatch.setattr(model, "forward", without_a_cache)
+    with pytest.warns(UserWarning, match="cannot be split"):
+        found = search(model, block, module, prompts, SearchSettings(steps=4))
+    assert torch.cosine_similarity(found.increments, expected.increments).min() > 0.9999
+
+
+def test_probe_and_modes(tiny):
+    model, tokenizer = tiny
+    layer = model.model.layers[1]
+    ids = tokenizer("Paris is", return_tensors="pt")["input_ids"]
+    assert probe_residual_path(model, layer, layer.mlp.down_proj, ids) == ResidualPath()
+    model.train()
+    model.lm_head.eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training and not model.lm_head.training
