@@ -110,7 +110,8 @@ def main() -> None:
     (removed,) = model.remove_facts(facts[-1])
     print(f"undone: {facts[-1].filled_prompt} … {complete(model, tokenizer, facts[-1].filled_prompt)}")
     print(
-        f"        (was edited to {removed.target}, true is {facts[-1].target_true}; {len(model.edited_facts())} facts left)"
+        f"        (was edited to {removed.target}, true is {facts[-1].target_true}; "
+        f"{len(model.edited_facts())} facts left)"
     )
 
     adapter = args.output / "adapter"

@@ -51,7 +51,7 @@ _BESIDE_MLP = re.compile(r"attn|attention|norm", re.IGNORECASE)
 
 
 def default_layers(num_layers: int, model_type: str) -> list[int]:
-    """The blocks to edit where the user names none: an early band, scaled with the depth; at least one, never the last.
+    """The blocks to edit where the user names none: an early band, scaled with the depth; never the last.
 
     Blocks 4 to 8 of 32 as published for Llama, 13 to 17 of 48 for GPT-2. Where the depth does not divide, rather
     earlier: past the layer that reads the subject an edit comes too late.
@@ -145,11 +145,11 @@ def block_index(module_name: str) -> int:
     return int(numbers[0])
 
 
-def _hidden_size(model: nn.Module) -> int:
-    config: Any = model.config
+def _hidden_size(model: Any) -> int:
+    config = model.config
     text = getattr(config, "get_text_config", lambda: config)()
     return text.hidden_size
 
 
-def _outputs(module: nn.Module) -> int:
+def _outputs(module: Any) -> int:
     return module.nf if isinstance(module, Conv1D) else module.out_features

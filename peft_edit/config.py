@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ class EditConfig(PeftConfig):
         ValueError: on construction, if a value is out of range; the message names the field.
     """
 
-    target_modules: list[str] | str | None = field(
+    target_modules: Collection[str] | str | None = field(
         default=None,
         metadata={"help": "Modules to edit, as in LoRA; by default the MLP down-projections of the architecture."},
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    exclude_modules: Collection[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
     layers_to_transform: list[int] | int | None = field(
         default=None,
         metadata={

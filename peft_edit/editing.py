@@ -77,7 +77,7 @@ class FactEditor:
         self.strict = strict
         self.progress = progress
         self.config = tuner.peft_config[adapter_name]
-        self.model = tuner.model
+        self.model: Any = tuner.model
         self.layers = tuner.edit_layers(adapter_name)
         self.blocks = list(find_blocks(self.model)[1])
         self.block_of = {name: block_index(name) for name in self.layers}
@@ -105,7 +105,7 @@ class FactEditor:
             with self.watch("preparation"):
                 memory = self._prepared_memory()
                 self._check_ids(facts, memory)
-                encoded = self._encode(facts, memory.contexts)
+                encoded = self._encode(facts, memory.contexts or ())
             with tqdm(total=len(facts), desc="Editing", unit="facts", disable=not self.progress) as bar:
                 for start in range(0, len(facts), batch_size):
                     part = slice(start, start + batch_size)

@@ -82,6 +82,8 @@ def is_quantised(model: nn.Module) -> bool:
 
 def _base_weight(module: nn.Module) -> torch.Tensor | None:
     """The unedited weight; None where it is out of reach (offloaded)."""
+    base: Any
+    weight: Any
     if isinstance(module, BaseTunerLayer):
         base = module.get_base_layer()
         weight = module.get_base_weight()

@@ -126,7 +126,7 @@ class FullForward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         blocks: list[nn.Module],
         block_index: int,
         module: nn.Module,

@@ -22,6 +22,9 @@ class EditLayer(BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("edit_delta",)
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
 
     def __init__(self, base_layer: nn.Module, get_apply_tensor_subclass: Any = None) -> None:
         self.base_layer = base_layer
@@ -32,7 +35,7 @@ class EditLayer(BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=get_apply_tensor_subclass
         )
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         self.is_transposed = isinstance(base, Conv1D)
         if self.is_transposed:
             self.in_features, self.out_features = base.nx, base.nf
@@ -63,7 +66,7 @@ class EditLayer(BaseTunerLayer):
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if adapter_name not in self.edit_delta or device is None or device.type == "meta":
             return
-        delta = self.edit_delta[adapter_name]
+        delta: Any = self.edit_delta[adapter_name]
         if delta.weight.device.type != "meta":
             delta.to(device)
 
@@ -71,7 +74,7 @@ class EditLayer(BaseTunerLayer):
 
     def get_delta(self, adapter_name: str) -> torch.Tensor:
         """The adapter's delta, (d_out, d_in), detached and not copied; also where accelerate keeps it offloaded."""
-        delta = self.edit_delta[adapter_name]
+        delta: Any = self.edit_delta[adapter_name]
         if delta.weight.device.type != "meta":
             return delta.weight.detach()
         weights, key = _offloaded_weight(delta)
@@ -96,7 +99,7 @@ class EditLayer(BaseTunerLayer):
             raise ValueError(
                 f"A delta of this module has shape {(self.out_features, self.in_features)}, got {tuple(value.shape)}."
             )
-        delta = self.edit_delta[adapter_name]
+        delta: Any = self.edit_delta[adapter_name]
         value = value.detach()
         if delta.weight.device.type != "meta":
             delta.weight.data = value.to(device=delta.weight.device, dtype=delta.weight.dtype)
@@ -111,7 +114,7 @@ class EditLayer(BaseTunerLayer):
 
     def base_norm(self) -> float:
         """||W0||_F of the unedited base weight, in float64; also while merged, offloaded or quantised."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if self.unmerged_weight is None:
             weight = self.get_base_weight()
         elif self.quantization_backend is None:
@@ -166,7 +169,7 @@ class EditLinear(nn.Module, EditLayer):
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if self.unmerged_weight is None:
-            base = self.get_base_layer()
+            base: Any = self.get_base_layer()
             self.unmerged_weight = base.weight.data if self.quantization_backend is None else base.weight
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
@@ -180,7 +183,7 @@ class EditLinear(nn.Module, EditLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if self.quantization_backend is None:
             now = base.weight.data
             kept = expected = self.unmerged_weight.to(now.device)
@@ -218,7 +221,7 @@ class EditLinear(nn.Module, EditLayer):
         return result
 
     def _change(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        delta = self.edit_delta[adapter_name]
+        delta: Any = self.edit_delta[adapter_name]
         return delta(self._cast_input_dtype(x, delta.weight.dtype))
 
     def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:

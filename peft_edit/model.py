@@ -9,12 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _check_adapters_not_merged,
-    _delete_auxiliary_adapter,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -88,7 +84,7 @@ class EditModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, EditLinear):
             target.update_layer(adapter_name, peft_config)
@@ -117,7 +113,7 @@ class EditModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
-        """Passes `adapter_names` (one per sample) on to the layers."""
+        """Passes `adapter_names` (one per sample) on to the layers and the modules to save."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -130,9 +126,9 @@ class EditModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         handles = [
-            layer.register_forward_pre_hook(partial(_with_adapter_names, names), with_kwargs=True)
-            for layer in layers
-            if isinstance(layer, EditLayer)
+            module.register_forward_pre_hook(partial(_with_adapter_names, names), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (EditLayer, AuxiliaryTrainingWrapper))
         ]
         try:
             yield
@@ -216,8 +212,8 @@ class EditModel(BaseTuner):
             solve_all(self, adapter_name, memory)
             return
         for layer in self.edit_layers(adapter_name).values():
-            total = sum(weight * layer.get_delta(name) for name, weight in zip(adapters, weights))
-            layer.set_delta(adapter_name, total)
+            scaled = [weight * layer.get_delta(name) for name, weight in zip(adapters, weights)]
+            layer.set_delta(adapter_name, torch.stack(scaled).sum(0))
 
     def _joined_memory(self, adapters: list[str], weights: list[float]) -> EditMemory:
         if any(weight != 1 for weight in weights):
@@ -395,5 +391,7 @@ class EditModel(BaseTuner):
 
 
 def _with_adapter_names(names: list[str], _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    kwargs["adapter_names"] = names
+    """One name per row of the input; beam search repeats each sample."""
+    beams, rest = divmod(len(args[0]), len(names))
+    kwargs["adapter_names"] = names if rest else [name for name in names for _ in range(beams)]
     return args, kwargs

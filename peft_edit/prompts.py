@@ -216,8 +216,8 @@ def generate_contexts(
                 logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
                 if not bool(torch.isfinite(logits).all()):
                     raise ValueError(
-                        "The model's outputs are not finite before anything is changed: the weights hold NaN or infinite "
-                        "values, or overflow in this dtype (try bfloat16 or float32)."
+                        "The model's outputs are not finite before anything is changed: the weights hold NaN or "
+                        "infinite values, or overflow in this dtype (try bfloat16 or float32)."
                     )
                 logits[[token for token in special if token < len(logits)]] = -torch.inf
                 values, candidates = logits[: len(tokenizer)].topk(5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from .prompts import TokenizedPrompt
 
 
 def read_at_subject(
-    model: nn.Module,
+    model: Any,
     rows: Sequence[TokenizedPrompt],
     inputs_of: nn.Module | None = None,
     outputs_of: Sequence[nn.Module] = (),
@@ -53,10 +55,10 @@ def read_at_subject(
 
         with ExitStack() as stack, torch.no_grad():
             if inputs_of is not None:
-                stack.enter_context(on_input(inputs_of, lambda hidden: keep(0, hidden)))
+                stack.enter_context(on_input(inputs_of, partial(keep, 0)))
             offset = wanted - len(outputs_of)
             for place, module in enumerate(outputs_of, start=offset):
-                stack.enter_context(on_output(module, lambda hidden, place=place: keep(place, hidden)))
+                stack.enter_context(on_output(module, partial(keep, place)))
             try:
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
             except StopForward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,9 +25,7 @@ class TargetScores:
     greedy: torch.Tensor
 
 
-def score_targets(
-    model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], chunk: int = 128
-) -> TargetScores:
+def score_targets(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], chunk: int = 128) -> TargetScores:
     """Scores targets under the model as it stands.
 
     Args:

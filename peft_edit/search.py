@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ class SearchResult:
 
 
 def search_targets(
-    model: nn.Module,
+    model: Any,
     blocks: Sequence[nn.Module],
     block_index: int,
     module: nn.Module,
@@ -115,7 +116,7 @@ def _suffix_length(prompts: FactPrompts) -> int:
 
 
 def _choose_forward(
-    model: nn.Module,
+    model: Any,
     blocks: list[nn.Module],
     block_index: int,
     module: nn.Module,
@@ -191,7 +192,7 @@ class _Search:
 
     def run(self) -> tuple[torch.Tensor, ...]:
         count, width = self.count, self.forward.base.hidden.shape[-1]
-        make = {"device": self.device, "dtype": self.dtype}
+        make: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         delta = torch.zeros(count, width, **make)
         self.mean = torch.zeros(count, width, **make)
         self.square = torch.zeros(count, width, **make)

@@ -182,8 +182,8 @@ def refined_values(
 
     A ridge solution writes only a part of each value: `Δ k = v − r`. Adding what is missing to the values and solving
     again writes more of it, `r ← (I − H) r` a round with the hat matrix `H = K (λp C + KᵀK + λ I)⁻¹ Kᵀ` of the new
-    keys (iterated Tikhonov regularisation). Values that point where ordinary keys leave room are met within a round or two;
-    those in the way of ordinary text stay behind, which a smaller λp would not give. All rounds are done at once on H.
+    keys (iterated Tikhonov regularisation). Values that point where ordinary keys leave room are met within a round or
+    two; those in the way of ordinary text stay behind, which a smaller λp would not give. All rounds are done on H.
 
     Args:
         equations (`NormalEquations`): Of all pairs, the new ones included.

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class KeyStatistics:
     source: str
     fingerprint: Mapping[str, Any]
 
-    def check(self, model: nn.Module, module_names: Sequence[str]) -> None:
+    def check(self, model: Any, module_names: Sequence[str]) -> None:
         """Whether these are statistics of this model for these modules.
 
         Raises:
@@ -172,7 +173,7 @@ class KeyStatistics:
 
 
 def collect_statistics(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     texts: Iterable[Any],
     module_names: Sequence[str],
@@ -247,7 +248,7 @@ def collect_statistics(
 
 
 def _accumulate(
-    model: nn.Module,
+    model: Any,
     modules: Mapping[str, nn.Module],
     ids: torch.Tensor,
     mask: torch.Tensor,
@@ -268,7 +269,7 @@ def _accumulate(
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.enter_context(on_input(module, lambda hidden, name=name: add(name, hidden)))
+            stack.enter_context(on_input(module, partial(add, name)))
         try:
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         except StopForward:

@@ -1,4 +1,4 @@
-"""Editing end to end on the tiny model: facts take, generalise, leave others alone; undo, update, budget, transactions."""
+"""Editing end to end on the tiny model: facts take, generalise, leave others alone; undo, update, budget, rollback."""
 
 import copy
 import warnings
@@ -131,9 +131,11 @@ def test_editing_again_replaces_and_says_so(wrap, facts):
 
 def test_budget_is_never_exceeded(wrap, facts, tmp_path):
     model, tokenizer = wrap(norm_budget=0.02)
-    shares = lambda m: [
-        float(layer.get_delta("default").double().norm()) / layer.base_norm() for layer in m.edit_layers().values()
-    ]  # noqa: E731
+
+    def shares(edited):
+        layers = edited.edit_layers().values()
+        return [float(layer.get_delta("default").double().norm()) / layer.base_norm() for layer in layers]
+
     report = edit(model, facts[:12], tokenizer, batch_size=6)
     assert all(module.budget_binding for module in report.modules)
     assert shares(model) == pytest.approx([0.02] * len(shares(model)), rel=1e-5)

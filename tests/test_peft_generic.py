@@ -382,6 +382,25 @@ def test_each_sample_with_its_own_adapter_in_generation():
     assert not torch.equal(base[1], second[1])
 
 
+def test_modules_to_save_are_mixed_too():
+    model = random_adapter("llama", modules_to_save=["lm_head"])
+    model.add_adapter("second", random_config(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["second"].weight.mul_(2.0)
+    with model.disable_adapter():
+        base = logits(model)
+    first = logits(model)
+    model.set_adapter("second")
+    second = logits(model)
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model, adapter_names=["__base__", "second"]), torch.stack([base[0], second[1]]))
+    torch.testing.assert_close(logits(model, adapter_names=["second", "default"]), torch.stack([second[0], first[1]]))
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 2}
+    mixed = model.generate(input_ids=TOKENS, adapter_names=["default", "second"], **options)
+    model.set_adapter("second")
+    assert torch.equal(mixed[1], model.generate(input_ids=TOKENS, **options)[1])
+
+
 # --- merging -----------------------------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ def test_budget_is_met_by_the_smallest_penalty(seed, share, penalty):
     assert bound.budget_binding and bound.norm_penalty > penalty
     assert bound.norm <= budget * (1 + 1e-9)
     assert bound.norm == pytest.approx(budget, rel=1e-6)
-    # It solves the ridge problem of that penalty, so it is no rescaled delta, and a smaller penalty exceeds the budget.
+    # It solves the ridge problem of that penalty, so it is not rescaled, and a smaller penalty exceeds the budget.
     assert relative(bound.delta, brute_force(keys, values, covariance, 1.0, bound.norm_penalty)) < TOLERANCE
     looser = penalty + (bound.norm_penalty - penalty) * (1 - 1e-5)
     assert solve_delta(equations, covariance, 1.0, looser).norm > budget
