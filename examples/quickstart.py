@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--norm-budget", type=float, default=0.5, help="largest ||Δ||_F / ||W0||_F")
+    parser.add_argument("--norm-budget", type=float, default=1.2, help="largest ||Δ||_F / ||W0||_F")
     parser.add_argument("--output", type=Path, default=Path("quickstart_output"))
     parser.add_argument("--answer-from", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import MutableMapping
 from typing import Any
@@ -31,7 +32,10 @@ class EditLayer(BaseTunerLayer):
         self.edit_delta = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.unmerged_weight: Any = None  # the base weight, kept while adapters are merged
+        # The base, kept while adapters are merged: its weight, or a quantised module whole (in a tuple, or it would be
+        # a submodule), since backends keep scales beside the weight and replace either.
+        self.unmerged_weight: torch.Tensor | None = None
+        self.unmerged_module: tuple[nn.Module] | None = None
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=get_apply_tensor_subclass
         )
@@ -115,16 +119,13 @@ class EditLayer(BaseTunerLayer):
     def base_norm(self) -> float:
         """||W0||_F of the unedited base weight, in float64; also while merged, offloaded or quantised."""
         base: Any = self.get_base_layer()
-        if self.unmerged_weight is None:
-            weight = self.get_base_weight()
-        elif self.quantization_backend is None:
+        if self.unmerged_module is not None:
+            backend: Any = self.quantization_backend
+            weight = backend.get_base_weight(self.unmerged_module[0])
+        elif self.unmerged_weight is not None:
             weight = self.unmerged_weight
-        else:  # only the backend can read the kept weight, and only in its place
-            merged, base.weight = base.weight, self.unmerged_weight
-            try:
-                weight = self.get_base_weight()
-            finally:
-                base.weight = merged
+        else:
+            weight = self.get_base_weight()
         if weight.device.type == "meta":
             weights, key = _offloaded_weight(base)
             weight = weights[key]
@@ -168,9 +169,8 @@ class EditLinear(nn.Module, EditLayer):
             merged = self._with_delta(merged, name)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        if self.unmerged_weight is None:
-            base: Any = self.get_base_layer()
-            self.unmerged_weight = base.weight.data if self.quantization_backend is None else base.weight
+        if not self.merged:
+            self._keep_base()
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
@@ -183,21 +183,43 @@ class EditLinear(nn.Module, EditLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self.unmerged_module is not None:
+            self._unmerge_quantised(self.unmerged_module[0])
+        else:
+            self._unmerge_weight(self.get_base_layer(), self.unmerged_weight)
+        self.unmerged_weight = self.unmerged_module = None
+        self.merged_adapters.clear()
+
+    def _keep_base(self) -> None:
         base: Any = self.get_base_layer()
         if self.quantization_backend is None:
-            now = base.weight.data
-            kept = expected = self.unmerged_weight.to(now.device)
-            for name in self.merged_adapters:
-                expected = self._with_delta(expected, name)
-            if torch.allclose(expected.to(now.dtype), now, rtol=0, atol=0, equal_nan=True):
-                base.weight.data = kept.to(now.dtype)
-            else:
-                wide = torch.promote_types(now.dtype, self._delta_dtype())
-                base.weight.data = (now.to(wide) - (expected.to(wide) - kept.to(wide))).to(now.dtype)
+            self.unmerged_weight = base.weight.data
         else:
-            base.weight = self.unmerged_weight
-        self.unmerged_weight = None
-        self.merged_adapters.clear()
+            self.unmerged_module = (base,)
+            self._replace_base(copy.deepcopy(base))
+
+    def _unmerge_weight(self, base: Any, kept: Any) -> None:
+        now = base.weight.data
+        kept = expected = kept.to(now.device)
+        for name in self.merged_adapters:
+            expected = self._with_delta(expected, name)
+        if torch.allclose(expected.to(now.dtype), now, rtol=0, atol=0, equal_nan=True):
+            base.weight.data = kept.to(now.dtype)
+        else:
+            wide = torch.promote_types(now.dtype, self._delta_dtype())
+            base.weight.data = (now.to(wide) - (expected.to(wide) - kept.to(wide))).to(now.dtype)
+
+    def _unmerge_quantised(self, kept: nn.Module) -> None:
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        moved = device is not None and device != self._get_base_layer_device_and_dtype(kept)[0]
+        self._replace_base(kept.to(device) if moved else kept)
+
+    def _replace_base(self, module: nn.Module) -> None:
+        """Puts a module in the place of the innermost base layer (there may be tuner layers in between)."""
+        layer: Any = self
+        while isinstance(layer.base_layer, BaseTunerLayer):
+            layer = layer.base_layer
+        layer.base_layer = module
 
     def _with_delta(self, weight: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`weight` plus the delta, added in the wider of the two dtypes and rounded to that of `weight`."""

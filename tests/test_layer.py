@@ -1,5 +1,6 @@
 """The layer: y = W0 x + Δ x, its delta, merging and the base weight."""
 
+import copy
 import warnings
 
 import pytest
@@ -166,6 +167,56 @@ def test_merging_around_a_lora_on_the_same_weight_does_not_keep_the_lora(order, 
     for layer in layers:
         layer.unmerge()
     torch.testing.assert_close(base.weight, weight, atol=1e-6, rtol=0)
+
+
+class QuantisedLinear(nn.Linear):
+    """8-bit steps, the scale beside the weight."""
+
+    def __init__(self, source: nn.Linear):
+        super().__init__(source.in_features, source.out_features)
+        self.bias.data = source.bias.data.clone()
+        self.quantise(source.weight.data)
+
+    def quantise(self, weight: torch.Tensor) -> None:
+        self.scale = weight.abs().max() / 127
+        self.weight = nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+class QuantisedBackend:
+    """Writes into the module, or replaces it whole, as PEFT's backends do."""
+
+    def __init__(self, replaces: bool):
+        self.replaces = replaces
+
+    def get_base_weight(self, base):
+        return base.weight * base.scale
+
+    def set_base_weight(self, layer, weight):
+        if self.replaces:
+            layer.base_layer = copy.deepcopy(layer.base_layer)
+        layer.get_base_layer().quantise(weight)
+
+
+@pytest.mark.parametrize("replaces", (False, True))
+def test_quantised_base(replaces, monkeypatch):
+    monkeypatch.setattr("peft_edit.layer.resolve_quantization_backend", lambda *_, **__: QuantisedBackend(replaces))
+    layer = EditLinear(QuantisedLinear(base_layer()), "default", RANDOM).requires_grad_(False)
+    x = torch.randn(3, D_IN)
+    base = layer.base_layer
+    weight, scale, norm, output = base.weight.clone(), base.scale.clone(), layer.base_norm(), layer(x)
+    names = layer.state_dict().keys()
+    assert layer.get_delta("default").dtype == torch.float32
+    for _ in range(2):
+        layer.merge(safe_merge=True)
+        torch.testing.assert_close(layer(x), output, atol=2e-2, rtol=0)
+        assert not torch.equal(layer.base_layer.weight, weight)
+        assert layer.base_norm() == norm and layer.state_dict().keys() == names
+        layer.unmerge()
+        assert torch.equal(layer.base_layer.weight, weight) and torch.equal(layer.base_layer.scale, scale)
+        assert torch.equal(layer(x), output) and layer.base_norm() == norm
 
 
 def test_disabling_adapters_gives_the_base_also_when_merged():
