@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class EditConfig(PeftConfig):
     The search and update settings default to those of arXiv 2502.01636; λp and λn to values in units of the model.
 
     Besides its fields a config carries `memory`, the adapter's `EditMemory` (or None). It is no field: it is written
-    beside `adapter_config.json`, not into it, and every wrapped model works on its own copy of the config.
+    beside `adapter_config.json`, not into it. A config that is used for a second adapter or model is copied (`in_use`,
+    `unused_copy`), so that no two of them share a memory.
 
     Raises:
         ValueError: on construction, if a value is out of range; the message names the field.
@@ -98,6 +100,9 @@ class EditConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = EDIT
         self.memory: EditMemory | None = None
+        self.loaded_memory: EditMemory | None = None
+        self.in_use = False
+        self.given: dict[str, Any] = {}  # what the user wrote, where a model has filled it in
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -142,6 +147,14 @@ class EditConfig(PeftConfig):
             return REFINEMENTS_WITH_MPES if self.early_stopping == "mpes" else 0
         return int(self.refinements)
 
+    def unused_copy(self) -> EditConfig:
+        """The same settings for another adapter, with the edit memory as it was loaded and nothing written since."""
+        twin = copy.copy(self)
+        twin.memory, twin.in_use, twin.given = self.loaded_memory, False, {}
+        for name, value in self.given.items():
+            setattr(twin, name, value)
+        return twin
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json` and, unless `save_memory` is off, the edit memory beside it."""
         super().save_pretrained(save_directory, **kwargs)
@@ -164,7 +177,7 @@ class EditConfig(PeftConfig):
         hub_kwargs = cls._split_kwargs(kwargs)[0]
         folder = find_memory(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if folder is not None:
-            config.memory = EditMemory.load(folder)
+            config.memory = config.loaded_memory = EditMemory.load(folder)
         return config
 
 

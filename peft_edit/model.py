@@ -53,13 +53,17 @@ class EditModel(BaseTuner):
     # --- injection ---------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As `BaseTuner.inject_adapter`, on this model's own copy of the config: models never share an edit memory."""
-        own = copy.copy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = own
+        """As `BaseTuner.inject_adapter`; a config that serves another adapter already is copied."""
+        config = self.peft_config[adapter_name]
+        if config.in_use:
+            config = self.peft_config[adapter_name] = config.unused_copy()
+        config.in_use = True
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: EditConfig, model_config: dict) -> EditConfig:
         """Fills in modules and layers that the user left open."""
+        places = ("target_modules", "layers_to_transform", "layers_pattern")
+        peft_config.given = {name: getattr(peft_config, name) for name in places}
         if peft_config.target_modules is None:
             model_type = model_config.get("model_type", "custom")
             names = TARGET_MODULES.get(model_type) or find_down_projections(self.model)

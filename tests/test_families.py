@@ -18,7 +18,7 @@ BEHIND_A_NORM = ("gemma2", "gemma3", "olmo2")
 
 # Random models: a gentle search with room, and an update that writes all of it.
 SETTINGS = dict(search_lr=0.1, search_max_norm=6.0, search_weight_decay=0.0, search_steps=60, num_contexts=1)
-UPDATE = dict(preservation_weight=1e-4, norm_penalty=1e-8, refinements=2)
+UPDATE = dict(preservation_weight=1e-3, refinements=2)
 
 
 def base(family):
@@ -27,19 +27,23 @@ def base(family):
     if family in BEHIND_A_NORM:
         for layer in model.model.layers[:2]:
             torch.nn.init.constant_(layer.post_feedforward_layernorm.weight, 8.0)
+    if family == "olmo2":  # nothing before its MLP brings hidden states to a common size
+        model.model.embed_tokens.weight.data *= 50
     return model
 
 
 def wrapped(family, **settings):
     model = base(family)
-    config = EditConfig(task_type="CAUSAL_LM", layers_to_transform=[0, 1], **{**SETTINGS, **UPDATE, **settings})
-    return get_peft_model(model, config).eval()
+    rate = {"search_lr": 3.0} if family in BEHIND_A_NORM else {}  # their hidden states are large
+    settings = {**SETTINGS, **UPDATE, **rate, **settings}
+    return get_peft_model(model, EditConfig(task_type="CAUSAL_LM", layers_to_transform=[0, 1], **settings)).eval()
 
 
 def next_words(model, tokenizer, names):
     with torch.no_grad():
         return [
-            int(model(**tokenizer(f"The town of {name}", return_tensors="pt")).logits[0, -1].argmax()) for name in names
+            int(model(**tokenizer(f"The town of {name}", return_tensors="pt")).logits[0, -1].argmax())
+            for name in names
         ]
 
 

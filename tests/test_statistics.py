@@ -1,0 +1,154 @@
+"""Key statistics: equal to a plain computation, early stop, files, merging, checks."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset
+
+from peft_edit import KeyStatistics, collect_statistics
+from peft_edit.statistics import sample_texts
+
+from .models import build_model
+from .world import texts, word_tokenizer
+
+
+MODULES = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+
+
+@pytest.fixture
+def model():
+    return build_model("llama")
+
+
+def remember(seen, name, _module, args):
+    seen[name] = args[0][0]
+
+
+def plain(model, tokenizer, lines):
+    """Second moments from one text at a time and the whole forward pass."""
+    sums, count = dict.fromkeys(MODULES, 0.0), 0
+    for line in lines:
+        seen = {}
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(partial(remember, seen, name)) for name in MODULES
+        ]
+        with torch.no_grad():
+            model(**tokenizer(line, return_tensors="pt"))
+        for handle in handles:
+            handle.remove()
+        for name, keys in seen.items():
+            sums[name] = sums[name] + keys.double().T @ keys.double()
+        count += len(keys)
+    return {name: total / count for name, total in sums.items()}, count
+
+
+def test_equals_the_plain_computation_and_ignores_padding(model):
+    tokenizer = word_tokenizer()
+    lines = [" ".join(texts()[0].split()[:length]) for length in (3, 17, 9, 30, 5)]
+    expected, count = plain(model, tokenizer, lines)
+    found = collect_statistics(model, tokenizer, lines, MODULES, batch_size=2, max_tokens=10**6)
+    assert found.tokens == count
+    for name in MODULES:
+        assert torch.allclose(found.second_moments[name].double(), expected[name], rtol=1e-5, atol=1e-10)
+
+
+def test_runs_no_more_of_the_model_than_needed(model):
+    calls = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda _module, _args, index=index: calls.append(index))
+    collect_statistics(model, word_tokenizer(), texts(), MODULES)
+    assert set(calls) == {0, 1}
+
+
+def test_takes_datasets_generators_and_token_ids(model):
+    tokenizer, lines = word_tokenizer(), texts()[:30]
+    wanted = collect_statistics(model, tokenizer, lines, MODULES)
+    for source in (
+        Dataset.from_dict({"text": lines}),
+        (line for line in lines),
+        [tokenizer(line)["input_ids"] for line in lines],
+    ):
+        found = collect_statistics(model, tokenizer, source, MODULES)
+        assert all(torch.equal(found.second_moments[name], wanted.second_moments[name]) for name in MODULES)
+
+
+def test_merging_halves_gives_the_whole(model):
+    tokenizer, lines = word_tokenizer(), texts()[:40]
+    whole = collect_statistics(model, tokenizer, lines, MODULES, max_tokens=10**6)
+    first, second = (
+        collect_statistics(model, tokenizer, part, MODULES, max_tokens=10**6, source=source)
+        for part, source in ((lines[:15], "a"), (lines[15:], "b"))
+    )
+    merged = first.merge(second)
+    assert merged.tokens == whole.tokens and merged.source == "a + b"
+    assert all(torch.allclose(merged.second_moments[name], whole.second_moments[name], rtol=1e-5) for name in MODULES)
+    with pytest.raises(ValueError, match="different modules"):
+        first.merge(second.subset(MODULES[:1]))
+
+
+def test_saves_and_loads(model, tmp_path):
+    found = collect_statistics(model, word_tokenizer(), texts(), MODULES, source="the little world")
+    found.save(tmp_path)
+    loaded = KeyStatistics.from_pretrained(tmp_path)
+    assert (loaded.tokens, loaded.source, loaded.fingerprint) == (found.tokens, found.source, found.fingerprint)
+    assert all(torch.equal(loaded.second_moments[name], found.second_moments[name]) for name in MODULES)
+    loaded.check(model, MODULES)
+    loaded.check(build_model("llama").bfloat16(), MODULES)
+
+
+def test_damaged_files_are_named(model, tmp_path):
+    collect_statistics(model, word_tokenizer(), texts(), MODULES).save(tmp_path)
+    tensors, about = tmp_path / "key_statistics.safetensors", tmp_path / "key_statistics.json"
+    whole, described = tensors.read_bytes(), json.loads(about.read_text())
+    tensors.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="key_statistics.safetensors.*cannot be used"):
+        KeyStatistics.load(tmp_path)
+    tensors.write_bytes(whole)
+    about.write_text(json.dumps({**described, "modules": {**described["modules"], MODULES[0]: 7}}))
+    with pytest.raises(ValueError, match="no triangle of 7 rows"):
+        KeyStatistics.load(tmp_path)
+    about.write_text(json.dumps({**described, "format_version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        KeyStatistics.load(tmp_path)
+    about.unlink()
+    with pytest.raises(ValueError, match="key_statistics.json"):
+        KeyStatistics.load(tmp_path)
+
+
+def test_another_models_statistics_are_refused(model):
+    found = collect_statistics(model, word_tokenizer(), texts(), MODULES)
+    with pytest.raises(ValueError, match="weights of .* differ by"):
+        found.check(build_model("llama", seed=5), MODULES)
+    with pytest.raises(ValueError, match="model_type is 'llama' there and 'qwen2' here"):
+        found.check(build_model("qwen2"), MODULES)
+    with pytest.raises(ValueError, match="not 'model.layers.2.mlp.down_proj'"):
+        found.check(model, ["model.layers.2.mlp.down_proj"])
+
+
+def test_no_text_too_little_text_and_broken_models(model):
+    tokenizer = word_tokenizer()
+    with pytest.raises(ValueError, match="every text given is empty"):
+        collect_statistics(model, tokenizer, ["", "  "], MODULES)
+    with pytest.raises(ValueError, match="no module 'nowhere'"):
+        collect_statistics(model, tokenizer, texts(), ["nowhere"])
+    with pytest.raises(ValueError, match="without a 'text' field"):
+        collect_statistics(model, tokenizer, [{"body": "x"}], MODULES)
+    with pytest.warns(UserWarning, match="at least 640 tokens are advised"):
+        collect_statistics(model, tokenizer, ["The town of Ada"], MODULES)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        collect_statistics(model, tokenizer, texts(), MODULES)
+
+
+def test_sampled_text_is_seeded_and_leaves_the_global_state_alone(model):
+    tokenizer = word_tokenizer()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    one, same, other = (sample_texts(model, tokenizer, 200, seed, batch_size=4, length=20) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one == same != other and sum(map(len, one)) >= 200
+    tokenizer.bos_token = None
+    assert sample_texts(model, tokenizer, 50, 0, batch_size=4, length=10)
