@@ -13,6 +13,8 @@ import huggingface_hub
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from .memory import MEMORY_FILES, EditMemory
 from .register import EDIT
@@ -171,14 +173,28 @@ class EditConfig(PeftConfig):
         """Reads the config and, where it is there, the edit memory; a directory or a Hub repository.
 
         Raises:
-            ValueError: if memory files are there but damaged.
+            ValueError: if memory or weight files are there but damaged.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_weights_file(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
         hub_kwargs = cls._split_kwargs(kwargs)[0]
         folder = find_memory(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if folder is not None:
             config.memory = config.loaded_memory = EditMemory.load(folder)
         return config
+
+
+def check_weights_file(path: Path) -> None:
+    """Raises a ValueError if a local weights file is truncated or no safetensors file; a missing one is PEFT's matter."""
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"The adapter file '{path}' cannot be read ({error}): fetch or save the adapter again."
+        ) from error
 
 
 def find_memory(name_or_path: str | os.PathLike, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path | None:
