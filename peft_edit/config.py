@@ -185,7 +185,7 @@ class EditConfig(PeftConfig):
 
 
 def check_weights_file(path: Path) -> None:
-    """Raises a ValueError if a local weights file is truncated or no safetensors file; a missing one is PEFT's matter."""
+    """Raises a ValueError if a local weights file is truncated; a missing one is PEFT's matter."""
     if not path.is_file():
         return
     try:

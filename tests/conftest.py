@@ -1,9 +1,16 @@
 """The bundled tiny model and its facts."""
 
+import os
+
 import pytest
+import torch
 
 from peft_edit import KeyStatistics
 from peft_edit.tiny import load_tiny_facts, load_tiny_model
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker: more would only wait for each other
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
