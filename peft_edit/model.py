@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -222,14 +222,11 @@ class EditModel(BaseTuner):
     def _joined_memory(self, adapters: list[str], weights: list[float]) -> EditMemory:
         if any(weight != 1 for weight in weights):
             raise ValueError("Edit memories add up with weights of 1 only; use combination_type='linear' for others.")
-        joined: EditMemory | None = None
-        for name in adapters:
-            memory = self.peft_config[name].memory
+        memories = {name: self.peft_config[name].memory for name in adapters}
+        for name, memory in memories.items():
             if memory is None:
                 raise ValueError(f"Adapter {name!r} has no edit memory to join; use combination_type='linear'.")
-            joined = memory if joined is None else joined.union(memory)
-        assert joined is not None
-        return joined
+        return reduce(EditMemory.union, memories.values())
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
