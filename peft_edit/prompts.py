@@ -118,7 +118,7 @@ class PromptEncoder:
         )
         if subject_index is None or offsets[subject_index][1] <= len(prefix) + len(before):
             raise FactError(f"the tokenizer finds no token for the subject {fact.subject!r} in {text!r}.")
-        target_ids = self._target_ids(fact, text, ids, target_text) if target is not None else []
+        target_ids = self._target_ids(text, ids, target_text) if target is not None else []
         sequence = tuple(ids + target_ids)
         self._check_ids(fact, sequence)
         return TokenizedPrompt(ids=sequence, subject_index=subject_index, prompt_length=len(ids))
@@ -127,7 +127,7 @@ class PromptEncoder:
         """Token ids of a full-text prompt and of the target that continues it."""
         text, target_text = join(prompt, target)
         ids, _ = self._tokenize(text)
-        return ids, self._target_ids(None, text, ids, target_text)
+        return ids, self._target_ids(text, ids, target_text)
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids with the special tokens that open a sequence, without those that would close it."""
@@ -139,7 +139,7 @@ class PromptEncoder:
             offsets.pop()
         return ids, offsets
 
-    def _target_ids(self, fact: Fact | None, text: str, prompt_ids: list[int], target_text: str) -> list[int]:
+    def _target_ids(self, text: str, prompt_ids: list[int], target_text: str) -> list[int]:
         """The tokens with which the model would continue the prompt's own tokens."""
         whole, _ = self._tokenize(text + target_text)
         if whole[: len(prompt_ids)] == prompt_ids:
@@ -149,12 +149,10 @@ class PromptEncoder:
         if not ids:
             raise FactError(f"the tokenizer finds no token for the target {target_text!r} after {text!r}.")
         unknown = self.tokenizer.unk_token_id
-        special = set(self.tokenizer.all_special_ids)
-        if unknown is not None and unknown in ids and target_text.strip() not in self.tokenizer.all_special_tokens:
-            if unknown in special:
-                raise FactError(
-                    f"the tokenizer has no tokens for a part of the target {target_text!r}; spell it otherwise."
-                )
+        if unknown is not None and unknown in ids:
+            raise FactError(
+                f"the tokenizer has no tokens for a part of the target {target_text!r}; spell it otherwise."
+            )
         return ids
 
     def _check_ids(self, fact: Fact, ids: Sequence[int]) -> None:
