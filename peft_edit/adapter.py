@@ -6,13 +6,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .facts import Fact
 from .memory import EditMemory, EditRecord
 from .report import ModuleReport
-from .solve import NormalEquations, Solution, auto_penalties, solve_delta
+from .running import Penalties, RunningSolution
+from .solve import auto_penalties
 
 
 if TYPE_CHECKING:
@@ -83,27 +85,42 @@ def base_model(tuner: EditModel) -> Iterator[nn.Module]:
             layer._disable_adapters = False
 
 
-def solve_module(
-    tuner: EditModel, adapter_name: str, module: str, equations: NormalEquations, memory: EditMemory
-) -> Solution:
-    """Solves one module's delta under the adapter's penalties and budget, and puts it in place."""
+def running_solution(tuner: EditModel, adapter_name: str, module: str, memory: EditMemory) -> RunningSolution:
+    """One module's solution for all pairs of `memory`, under the adapter's penalties and budget."""
     config, layer = tuner.peft_config[adapter_name], tuner.edit_layers(adapter_name)[module]
-    covariance = memory.statistics.second_moments[module].to(equations.gram)
+    covariance = memory.statistics.second_moments[module]
     preservation, penalty = auto_penalties(covariance, config.preservation_weight, config.norm_penalty)
     cap = None if config.norm_budget is None else config.norm_budget * layer.base_norm()
-    solution = solve_delta(equations, covariance, preservation, penalty, max_norm=cap)
-    layer.set_delta(adapter_name, solution.delta)
-    return solution
+    penalties = Penalties(covariance, preservation, penalty, cap)
+    shape = (layer.in_features, layer.out_features)
+    device, store = memory.solver_devices(module) or solver_devices(layer.get_delta(adapter_name).device, *shape)
+    return memory.solution(module, penalties, shape, device, store)
+
+
+def solver_devices(device: torch.device, d_in: int, d_out: int) -> tuple[torch.device, torch.device]:
+    """Where to solve a module and where to keep its normal equations between factorisations.
+
+    On its own device while there is room: for the factor and what a factorisation takes besides (three float64
+    matrices of d_in × d_in, three of d_out × d_in). The equations stay there too while that leaves half of the free
+    memory; else they wait on the CPU and are streamed in for each factorisation. Short of that all is on the CPU.
+    """
+    if device.type != "cuda":
+        return device, device
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = 8 * 3 * d_in * (d_in + d_out)
+    cpu = torch.device("cpu")
+    if needed > free:
+        return cpu, cpu
+    return device, device if 4 * needed <= free else cpu
 
 
 def solve_all(tuner: EditModel, adapter_name: str, memory: EditMemory) -> None:
     """Solves every module from memory, without any search, and makes `memory` the adapter's."""
-    equations = {}
+    solutions = {}
     for name, layer in tuner.edit_layers(adapter_name).items():
-        device = layer.get_delta(adapter_name).device
-        equations[name] = memory.equations(name, layer.in_features, layer.out_features, device)
-        solve_module(tuner, adapter_name, name, equations[name], memory)
-    tuner.peft_config[adapter_name].memory = memory.with_equations(equations)
+        solutions[name] = running_solution(tuner, adapter_name, name, memory)
+        layer.set_delta(adapter_name, solutions[name].delta)
+    tuner.peft_config[adapter_name].memory = memory.with_solutions(solutions)
 
 
 def module_reports(tuner: EditModel, adapter_name: str) -> list[ModuleReport]:
@@ -116,7 +133,7 @@ def module_reports(tuner: EditModel, adapter_name: str) -> list[ModuleReport]:
         preservation = penalty = float("nan")
         binding = False
         if config.memory is not None:
-            covariance = config.memory.statistics.second_moments[name].double()
+            covariance = config.memory.statistics.second_moments[name]
             preservation, penalty = auto_penalties(covariance, config.preservation_weight, config.norm_penalty)
             binding = config.norm_budget is not None and norm >= (1 - 1e-6) * config.norm_budget * base
         reports.append(ModuleReport(name, norm, norm / base, config.norm_budget, preservation, penalty, binding))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .adapter import base_model, module_reports, solve_all, solve_module, transaction
+from .adapter import base_model, module_reports, running_solution, solve_all, transaction
 from .architectures import block_index, find_blocks
 from .facts import Fact, FactError
 from .hooks import evaluating
@@ -24,7 +24,6 @@ from .report import EditReport, FactReport
 from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
 from .search import SearchResult, SearchSettings, search_targets
-from .solve import refined_values
 from .statistics import KeyStatistics, collect_statistics, sample_texts
 
 
@@ -279,11 +278,11 @@ class FactEditor:
         bare = [fact.rows[0] for fact in prompts]
         rows = [row for fact in prompts for row in fact.rows]
         last_block = self.blocks[self.block_of[self.last]]
-        keys, values, equations = {}, {}, {}
+        pairs, solutions = {}, {}
         for index, (name, layer) in enumerate(self.layers.items()):
             with self.watch("keys"):
-                module_keys = read_at_subject(self.model, rows, inputs_of=layer)[0]
-                module_keys = _fact_keys(module_keys.to(targets.dtype).reshape(len(facts), -1, module_keys.shape[-1]))
+                row_keys = read_at_subject(self.model, rows, inputs_of=layer)[0]
+                row_keys = row_keys.reshape(len(facts), -1, row_keys.shape[-1])
                 path = self._path(name, prompts[0])
                 if path is None:
                     increments = found.increments[place]
@@ -293,30 +292,20 @@ class FactEditor:
                     with torch.no_grad():
                         increments = path.pull(output.to(residual), residual.to(output.device))
                 delta = layer.get_delta(self.adapter_name)
-                held = module_keys.to(delta) @ delta.T
-                keys[name] = module_keys.to(delta).cpu()
-                values[name] = (held + increments.to(delta)).cpu()
+                kept_dtype = row_keys.dtype if row_keys.dtype.itemsize == 2 else delta.dtype
+                keys = _fact_keys(row_keys.to(targets.dtype)).to(delta.device, kept_dtype)
+                values = (keys.to(delta) @ delta.T + increments.to(delta)).to(kept_dtype)
             with self.watch("solve"):
-                known = memory.equations(name, layer.in_features, layer.out_features, delta.device)
-                equations[name] = known.add(keys[name].to(known.gram), values[name].to(known.gram))
-                solution = solve_module(self.tuner, self.adapter_name, name, equations[name], memory)
-                if self.config.refinement_rounds and not solution.budget_binding:
-                    values[name] = refined_values(
-                        equations[name],
-                        memory.statistics.second_moments[name],
-                        solution,
-                        keys[name],
-                        values[name],
-                        self.config.refinement_rounds,
-                    )
-                    equations[name] = known.add(keys[name].to(known.gram), values[name].to(known.gram))
-                    solve_module(self.tuner, self.adapter_name, name, equations[name], memory)
+                known = running_solution(self.tuner, self.adapter_name, name, memory)
+                solutions[name], values = known.add(keys, values, self.config.refinement_rounds)
+                layer.set_delta(self.adapter_name, solutions[name].delta)
+                pairs[name] = (keys.cpu(), values.cpu())
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         records = [
             EditRecord(fact.fact_id, fact.subject, fact.prompt, fact.target, now, memory.batches + 1, fact.target_true)
             for fact in facts
         ]
-        self.config.memory = memory.append(records, keys, values, equations)
+        self.config.memory = memory.append(records, pairs, solutions)
 
 
 def _fact_keys(row_keys: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .files import replace_file
+from .running import Penalties, RunningSolution
 from .solve import NormalEquations, solve_dtype
 from .statistics import KeyStatistics
 
@@ -27,6 +29,8 @@ MEMORY_TENSORS = "edit_memory.safetensors"
 MEMORY_FACTS = "edit_facts.jsonl"
 MEMORY_FILES = (MEMORY_JSON, MEMORY_TENSORS, MEMORY_FACTS, "key_statistics.json", "key_statistics.safetensors")
 FORMAT_VERSION = 1
+
+Pairs = tuple[torch.Tensor, torch.Tensor]  # keys and values of one batch
 
 
 @dataclass(frozen=True)
@@ -58,25 +62,42 @@ class EditRecord:
 
 
 @dataclass(frozen=True)
+class FactoredMark:
+    """Where a module's running solution stood, so that it can be resumed to the last bit.
+
+    Args:
+        factored (`int`): Pairs in its last factorisation.
+        norm_penalty (`float`): λ in force.
+        penalties (`tuple`): λp, λn and the largest norm that it was solved under.
+    """
+
+    factored: int
+    norm_penalty: float
+    penalties: tuple[float, float, float | None]
+
+
+@dataclass(frozen=True)
 class EditMemory:
-    """Everything the cumulative delta is solved from. Row i of every tensor belongs to `records[i]`.
+    """Everything the cumulative delta is solved from.
 
     Args:
         statistics (`KeyStatistics`): Second moments of the keys of each edited module on ordinary text.
         contexts (`tuple[str, ...]`, *optional*): Prefixes behind which facts are searched; None until the first edit.
         records (`tuple[EditRecord, ...]`): The facts, oldest first.
-        keys (`dict[str, torch.Tensor]`): Per module (n, d_in).
-        values (`dict[str, torch.Tensor]`): Per module (n, d_out): what the delta should add to the output at the key.
+        pairs (`dict[str, tuple]`): Per module, for each batch its keys (k, d_in) and values (k, d_out): what the delta
+            should add to the output at the key. Rows in the order of `records`.
         batches (`int`): Batches written so far (removed facts do not lower it).
     """
 
     statistics: KeyStatistics
     contexts: tuple[str, ...] | None = None
     records: tuple[EditRecord, ...] = ()
-    keys: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[Pairs, ...]] = field(default_factory=dict, repr=False)
     batches: int = 0
+    _solutions: Mapping[str, RunningSolution] = field(default_factory=dict, repr=False, compare=False)
     _equations: Mapping[str, NormalEquations] = field(default_factory=dict, repr=False, compare=False)
+    _marks: Mapping[str, FactoredMark] = field(default_factory=dict, repr=False, compare=False)
+    _downdated: bool = field(default=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,21 +105,68 @@ class EditMemory:
     def __deepcopy__(self, _memo: Any) -> EditMemory:
         return self  # immutable, so copies of a model may share it
 
-    def equations(self, module: str, d_in: int, d_out: int, device: torch.device) -> NormalEquations:
-        """The normal equations of a module, in the solver's dtype on `device`; built if not at hand."""
-        known = self._equations.get(module)
-        if known is not None and known.gram.device == device:
-            return known
-        dtype = solve_dtype(device)
-        if not self.records:
-            return NormalEquations.empty(d_in, d_out, device=device, dtype=dtype)
-        return NormalEquations.from_pairs(
-            self.keys[module].to(device=device, dtype=dtype), self.values[module].to(device=device, dtype=dtype)
-        )
+    @property
+    def keys(self) -> dict[str, torch.Tensor]:
+        """Per module (n, d_in), row i of `records[i]`; put together on every call."""
+        return {name: torch.cat([keys for keys, _ in batches]) for name, batches in self.pairs.items()}
 
-    def with_equations(self, equations: Mapping[str, NormalEquations]) -> EditMemory:
-        """The same memory with its normal equations at hand."""
-        return replace(self, _equations=dict(equations))
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        """Per module (n, d_out), row i of `records[i]`; put together on every call."""
+        return {name: torch.cat([values for _, values in batches]) for name, batches in self.pairs.items()}
+
+    # --- the solution ------------------------------------------------------------------------------------------
+
+    def solver_devices(self, module: str) -> tuple[torch.device, torch.device] | None:
+        """Where the module's solution at hand lies, and where its equations; None if there is none."""
+        known = self._solutions.get(module)
+        return None if known is None else (known.delta.device, known.equations.gram.device)
+
+    def solution(
+        self,
+        module: str,
+        penalties: Penalties,
+        shape: tuple[int, int],
+        device: torch.device,
+        store: torch.device | None = None,
+    ) -> RunningSolution:
+        """A module's solution under these penalties: the one at hand, the one that was saved, or a fresh one.
+
+        Args:
+            module (`str`): The module.
+            penalties (`Penalties`): What to solve under.
+            shape (`tuple[int, int]`): d_in, d_out of the module.
+            device (`torch.device`): Where to solve.
+            store (`torch.device`, *optional*): Where to keep the equations meanwhile.
+        """
+        known = self._solutions.get(module)
+        if known is not None and known.delta.device == device:
+            if known.penalties.same_as(penalties):
+                return known
+            return RunningSolution.solved(known.all_equations(), len(self), penalties, store=store)
+        empty = NormalEquations.empty(*shape, device=device, dtype=solve_dtype(device))
+        mark = self._marks.get(module)
+        if mark is not None and mark.penalties == _numbers(penalties):
+            return RunningSolution.resumed(
+                self.pairs[module], mark.factored, mark.norm_penalty, penalties, empty, store
+            )
+        equations = self._equations[module].to(device) if module in self._equations else empty
+        if module not in self._equations:
+            for keys, values in self.pairs.get(module, ()):
+                equations = equations.add(keys, values)
+        return RunningSolution.solved(equations, len(self), penalties, store=store)
+
+    def with_solutions(self, solutions: Mapping[str, RunningSolution]) -> EditMemory:
+        """The same memory with its solutions at hand."""
+        return replace(self, _solutions=dict(solutions), _equations={}, _marks={})
+
+    def canonical(self) -> EditMemory:
+        """The same memory as it would be read back from its files: nothing depends on facts that were removed."""
+        if not self._downdated:
+            return self
+        return replace(self, _solutions={}, _equations={}, _marks={}, _downdated=False)
+
+    # --- other memories ----------------------------------------------------------------------------------------
 
     def with_contexts(self, contexts: tuple[str, ...]) -> EditMemory:
         """The same memory with the prefixes of its searches."""
@@ -109,47 +177,50 @@ class EditMemory:
         return replace(self, statistics=statistics)
 
     def append(
-        self,
-        records: Sequence[EditRecord],
-        keys: Mapping[str, torch.Tensor],
-        values: Mapping[str, torch.Tensor],
-        equations: Mapping[str, NormalEquations] | None = None,
+        self, records: Sequence[EditRecord], pairs: Mapping[str, Pairs], solutions: Mapping[str, RunningSolution]
     ) -> EditMemory:
-        """The memory with one more batch; `equations` are those that include it, if they are at hand."""
-
-        def extended(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name: torch.cat([old[name], new[name]]) if name in old else new[name] for name in new}
-
+        """The memory with one more batch and the solutions that include it."""
         return replace(
             self,
             records=self.records + tuple(records),
-            keys=extended(self.keys, keys),
-            values=extended(self.values, values),
+            pairs={name: (*self.pairs.get(name, ()), batch) for name, batch in pairs.items()},
             batches=self.batches + 1,
-            _equations=dict(equations or {}),
+            _solutions=dict(solutions),
+            _equations={},
+            _marks={},
         )
 
     def without(self, ids: Collection[str]) -> EditMemory:
         """The memory that never had these facts; ids that it does not hold are passed over."""
         gone = set(ids)
-        keep = [index for index, record in enumerate(self.records) if record.id not in gone]
-        if len(keep) == len(self.records):
+        keep = torch.tensor([record.id not in gone for record in self.records], dtype=torch.bool)
+        dropped = int((~keep).sum())
+        if not dropped:
             return self
-        if not keep:
-            return replace(self, records=(), keys={}, values={}, _equations={})
-        drop = [index for index, record in enumerate(self.records) if record.id in gone]
-        equations = {}
-        if len(drop) <= len(keep):  # a downdate is cheaper than building them again
-            for name, known in self._equations.items():
-                keys, values = self.keys[name][drop].to(known.gram), self.values[name][drop].to(known.gram)
-                equations[name] = known.remove(keys, values)
+        empty = {"_solutions": {}, "_equations": {}, "_marks": {}}
+        if dropped == len(keep):
+            return replace(self, records=(), pairs={}, _downdated=False, **empty)
+        downdated = {}
+        if 2 * dropped <= len(keep):  # cheaper than building them again
+            for name, known in self._solutions.items():
+                keys = torch.cat([batch[~part] for part, (batch, _) in self._with_rows(keep, name)])
+                values = torch.cat([batch[~part] for part, (_, batch) in self._with_rows(keep, name)])
+                downdated[name] = known.all_equations().remove(keys, values)
+        pairs = {
+            name: tuple(
+                (keys[part], values[part]) for part, (keys, values) in self._with_rows(keep, name) if bool(part.any())
+            )
+            for name in self.pairs
+        }
+        records = tuple(record for record, kept in zip(self.records, keep.tolist()) if kept)
         return replace(
-            self,
-            records=tuple(self.records[index] for index in keep),
-            keys={name: tensor[keep] for name, tensor in self.keys.items()},
-            values={name: tensor[keep] for name, tensor in self.values.items()},
-            _equations=equations,
+            self, records=records, pairs=pairs, **{**empty, "_equations": downdated, "_downdated": bool(downdated)}
         )
+
+    def _with_rows(self, rows: torch.Tensor, module: str) -> Iterator[tuple[torch.Tensor, Pairs]]:
+        """Each batch of a module with its part of `rows`."""
+        batches = self.pairs[module]
+        return zip(rows.split([len(keys) for keys, _ in batches]), batches)
 
     def union(self, other: EditMemory) -> EditMemory:
         """Both memories in one: normal equations of disjoint edits over one base add up.
@@ -169,9 +240,14 @@ class EditMemory:
         if not other.records:
             return self
         shift = self.batches
-        moved = [replace(record, batch=record.batch + shift) for record in other.records]
-        joined = self.append(moved, other.keys, other.values)
-        return replace(joined, batches=self.batches + other.batches)
+        moved = tuple(replace(record, batch=record.batch + shift) for record in other.records)
+        return EditMemory(
+            self.statistics,
+            self.contexts,
+            self.records + moved,
+            {name: self.pairs.get(name, ()) + batches for name, batches in other.pairs.items()},
+            self.batches + other.batches,
+        )
 
     # --- files -------------------------------------------------------------------------------------------------
 
@@ -179,8 +255,8 @@ class EditMemory:
         """Writes `MEMORY_FILES`, each atomically: tensors as safetensors, facts as JSON lines, the rest as JSON."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"keys.{name}": tensor.contiguous().cpu() for name, tensor in self.keys.items()}
-        tensors |= {f"values.{name}": tensor.contiguous().cpu() for name, tensor in self.values.items()}
+        tensors = {f"keys.{name}": tensor for name, tensor in self.keys.items()}
+        tensors |= {f"values.{name}": tensor for name, tensor in self.values.items()}
         self.statistics.save(folder)
         replace_file(folder / MEMORY_TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in self.records)
@@ -191,13 +267,22 @@ class EditMemory:
             "batches": self.batches,
             "contexts": self.contexts,
             "modules": sorted(self.statistics.second_moments),
+            "factored": {name: asdict(mark) for name, mark in self._current_marks().items()},
         }
         text = json.dumps(about, indent=2, ensure_ascii=False)
         replace_file(folder / MEMORY_JSON, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
+    def _current_marks(self) -> Mapping[str, FactoredMark]:
+        if self._downdated:
+            return {}
+        return self._marks or {
+            name: FactoredMark(solution.factored, solution.norm_penalty, _numbers(solution.penalties))
+            for name, solution in self._solutions.items()
+        }
+
     @classmethod
     def load(cls, directory: str | os.PathLike) -> EditMemory:
-        """Reads what `save` wrote and checks all of it.
+        """Reads what `save` wrote and checks all of it. Keys and values stay on disk, mapped into memory.
 
         Raises:
             ValueError: naming the file that is missing, truncated or inconsistent, and how.
@@ -209,6 +294,10 @@ class EditMemory:
             version, count = about["format_version"], about["facts"]
             contexts, batches = about["contexts"], about["batches"]
             contexts = None if contexts is None else tuple(contexts)
+            marks = {
+                name: FactoredMark(int(mark["factored"]), float(mark["norm_penalty"]), tuple(mark["penalties"]))
+                for name, mark in about.get("factored", {}).items()
+            }
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise _broken(folder / MEMORY_JSON, repr(error)) from error
         if version != FORMAT_VERSION:
@@ -222,13 +311,20 @@ class EditMemory:
             raise _broken(
                 folder / MEMORY_FACTS, f"{len(records)} facts where {MEMORY_JSON} counts {count} distinct ones"
             )
-        keys, values = _load_pairs(folder / MEMORY_TENSORS, statistics, count)
-        return cls(statistics, contexts, records, keys, values, batches)
+        sizes = [len(list(batch)) for _, batch in groupby(records, key=lambda record: record.batch)]
+        ends = {0, *accumulate(sizes)}
+        if any(mark.factored not in ends or len(mark.penalties) != 3 for mark in marks.values()):
+            raise _broken(folder / MEMORY_JSON, "its factorisations do not end where a batch does")
+        pairs = _load_pairs(folder / MEMORY_TENSORS, statistics, sizes)
+        return cls(statistics, contexts, records, pairs, batches, _marks=marks)
 
 
-def _load_pairs(
-    path: Path, statistics: KeyStatistics, count: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _numbers(penalties: Penalties) -> tuple[float, float, float | None]:
+    return penalties.preservation_weight, penalties.norm_penalty, penalties.max_norm
+
+
+def _load_pairs(path: Path, statistics: KeyStatistics, sizes: Sequence[int]) -> dict[str, tuple[Pairs, ...]]:
+    count = sum(sizes)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -246,10 +342,11 @@ def _load_pairs(
             raise _broken(path, f"tensor {name!r} has shape {tuple(tensor.shape)}, expected ({count}, {width})")
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise _broken(path, f"tensor {name!r} holds values that are not finite numbers")
-    return (
-        {name: tensors[f"keys.{name}"] for name in modules if count},
-        {name: tensors[f"values.{name}"] for name in modules if count},
-    )
+    return {
+        name: tuple(zip(tensors[f"keys.{name}"].split(sizes), tensors[f"values.{name}"].split(sizes)))
+        for name in modules
+        if count
+    }
 
 
 def _broken(path: Path, why: str) -> ValueError:

@@ -6,7 +6,7 @@ cumulative delta minimises
     ||Δ Kᵀ − Vᵀ||_F² + λp tr(Δ C Δᵀ) + λn ||Δ||_F²     subject to ||Δ||_F ≤ budget
 
 (arXiv 2502.01636, eq. 7, on the cumulative delta; with λn = 0 and no budget MEMIT's, arXiv 2210.07229, eq. 14), so
-`Δ(λ) = B (λp C + KᵀK + λ I)⁻¹` with `B = VᵀK`, and λ the smallest value ≥ λn that meets the budget.
+`Δ(λ) = B (λp C + KᵀK + λ I)⁻¹` with `B = VᵀK`, and λ the smallest value ≥ λn that meets the budget. (`running.py` keeps a solution up to date while pairs are added.)
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ class NormalEquations:
         old = self._matching(keys, values)
         return NormalEquations(self.gram - old.gram, self.cross - old.cross)
 
+    def to(self, device: torch.device | str) -> NormalEquations:
+        """The same on another device."""
+        return NormalEquations(self.gram.to(device), self.cross.to(device))
+
     def _matching(self, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
         pairs = NormalEquations.from_pairs(keys.to(self.gram), values.to(self.gram))
         if pairs.cross.shape != self.cross.shape:
@@ -84,14 +88,15 @@ class Solution:
         norm (`float`): ||Δ||_F.
         norm_penalty (`float`): λ in force, at least the λn asked for.
         budget_binding (`bool`): The budget raised λ above λn.
-        preservation_weight (`float`): λp that it was solved with.
+        factor (`torch.Tensor`, *optional*): (d_in, d_in) lower Cholesky factor of the system at that λ; None where
+            there is nothing to solve for.
     """
 
     delta: torch.Tensor
     norm: float
     norm_penalty: float
     budget_binding: bool
-    preservation_weight: float = 0.0
+    factor: torch.Tensor | None
 
 
 def solve_dtype(device: torch.device | str) -> torch.dtype:
@@ -112,7 +117,7 @@ def auto_penalties(
     d_in = covariance.shape[0]
     preservation = PRESERVATION_PER_INPUT * d_in if preservation_weight == "auto" else float(preservation_weight)
     if norm_penalty == "auto":
-        return preservation, NORM_PENALTY_SHARE * preservation * float(covariance.diagonal().sum()) / d_in
+        return preservation, NORM_PENALTY_SHARE * preservation * float(covariance.diagonal().double().sum()) / d_in
     return preservation, float(norm_penalty)
 
 
@@ -122,6 +127,7 @@ def solve_delta(
     preservation_weight: float,
     norm_penalty: float,
     max_norm: float | None = None,
+    start: float | None = None,
 ) -> Solution:
     """Solves for the cumulative delta.
 
@@ -132,7 +138,8 @@ def solve_delta(
         norm_penalty (`float`): λn ≥ 0.
         max_norm (`float`, *optional*): The largest allowed ||Δ||_F, > 0. Met by the smallest λ ≥ λn that satisfies it,
             found by Newton's method on 1 / ||Δ(λ)|| (Moré & Sorensen, 1983), which approaches it from below without
-            overshooting and ends within 1e-10 relative.
+            overshooting (one step from above leads below) and ends within 1e-10 relative.
+        start (`float`, *optional*): Where to begin the search for λ, such as the λ of a system a little smaller.
 
     Returns:
         `Solution`
@@ -150,33 +157,26 @@ def solve_delta(
             f"norm_penalty={norm_penalty}, max_norm={max_norm}."
         )
     if not bool(cross.any()):
-        return Solution(torch.zeros_like(cross), 0.0, norm_penalty, False, preservation_weight)
+        return Solution(torch.zeros_like(cross), 0.0, norm_penalty, False, None)
     system = torch.add(gram, covariance.to(gram), alpha=preservation_weight)
-    penalty = norm_penalty
-    factor = _factor(system, penalty)
-    delta = torch.cholesky_solve(cross.T, factor).T
-    norm = float(delta.norm())
-    if max_norm is None or norm <= max_norm:
-        return Solution(delta, norm, penalty, False, preservation_weight)
+    floor = norm_penalty
+    penalty = floor if start is None or max_norm is None else max(floor, start)
     for _ in range(_MAX_ITERATIONS):
-        if norm <= max_norm * (1 + BUDGET_TOLERANCE):
+        factor = factorised(system, penalty)
+        delta = torch.cholesky_solve(cross.T, factor).T
+        norm = float(delta.norm())
+        if max_norm is None or (norm <= max_norm and penalty == floor):
+            break
+        if abs(norm / max_norm - 1) <= BUDGET_TOLERANCE:
             break
         # d||Δ||²/dλ = −2 tr(Δ A⁻¹ Δᵀ) = −2 ||L⁻¹ Δᵀ||²
         half_slope = float(torch.linalg.solve_triangular(factor, delta.T, upper=False).square().sum())
-        penalty += (norm / max_norm - 1) * norm**2 / half_slope
-        factor = _factor(system, penalty)
-        delta = torch.cholesky_solve(cross.T, factor).T
-        norm = float(delta.norm())
-    return Solution(delta, norm, penalty, True, preservation_weight)
+        penalty = max(floor, penalty + (norm / max_norm - 1) * norm**2 / half_slope) if norm > 0 else floor
+    return Solution(delta, norm, penalty, penalty > floor, factor)
 
 
 def refined_values(
-    equations: NormalEquations,
-    covariance: torch.Tensor,
-    solution: Solution,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    rounds: int,
+    values: torch.Tensor, outputs: torch.Tensor, hat: torch.Tensor, rounds: int
 ) -> torch.Tensor:
     """Values for new pairs that bring the solved outputs closer to the wanted ones.
 
@@ -186,31 +186,28 @@ def refined_values(
     two; those in the way of ordinary text stay behind, which a smaller λp would not give. All rounds are done on H.
 
     Args:
-        equations (`NormalEquations`): Of all pairs, the new ones included.
-        covariance (`torch.Tensor`): (d_in, d_in) second moment of the keys.
-        solution (`Solution`): Their solution.
-        keys (`torch.Tensor`): (n, d_in) keys of the new pairs.
-        values (`torch.Tensor`): (n, d_out) wanted outputs there.
+        values (`torch.Tensor`): (n, d_out) wanted outputs.
+        outputs (`torch.Tensor`): (n, d_out) what the solution gives there, `K Δᵀ`.
+        hat (`torch.Tensor`): (n, n), H, of the system that includes the pairs.
         rounds (`int`): Rounds, >= 0.
 
     Returns:
-        `torch.Tensor`: (n, d_out), in the dtype and on the device of `values`.
+        `torch.Tensor`: (n, d_out).
     """
-    gram = equations.gram
-    new, wanted = keys.to(gram), values.to(gram)
-    factor = _factor(torch.add(gram, covariance.to(gram), alpha=solution.preservation_weight), solution.norm_penalty)
-    half = torch.linalg.solve_triangular(factor, new.T, upper=False)
-    hat = half.T @ half
-    missing = wanted - new @ solution.delta.T
-    refined = wanted
+    missing = values - outputs
+    refined = values
     for _ in range(rounds):
         refined = refined + missing
         missing = missing - hat @ missing
-    return refined.to(values)
+    return refined
 
 
-def _factor(system: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Cholesky factor of `system + penalty · I`."""
+def factorised(system: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Lower Cholesky factor of `system + penalty · I`.
+
+    Raises:
+        ValueError: if the system is singular.
+    """
     shifted = system.clone()
     shifted.diagonal().add_(penalty)
     factor, info = torch.linalg.cholesky_ex(shifted)
