@@ -8,10 +8,15 @@ table and writes JSON.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's statistics.py would hide Python's own
+
 import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 from peft import get_peft_model

@@ -16,14 +16,15 @@ from tqdm import tqdm
 from .adapter import base_model, module_reports, running_solution, solve_all, transaction
 from .architectures import block_index, find_blocks
 from .facts import Fact, FactError
+from .forward import FullForward
 from .hooks import evaluating
 from .memory import EditMemory, EditRecord
 from .prompts import FactPrompts, PromptEncoder, context_window, generate_contexts
-from .reading import read_at_subject
+from .reading import SubjectReader
 from .report import EditReport, FactReport
 from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
-from .search import SearchResult, SearchSettings, search_targets
+from .search import SearchResult, SearchSettings, choose_forward, search_targets
 from .statistics import KeyStatistics, collect_statistics, sample_texts
 
 
@@ -84,6 +85,7 @@ class FactEditor:
         embedding = self.model.get_input_embeddings()
         self.encoder = PromptEncoder(tokenizer, embedding.num_embeddings, context_window(self.model.config))
         self.watch = _Stopwatch()
+        self.forward: FullForward | None = None
         self.paths: dict[str, ResidualPath | None] = {}
         self.given_statistics = statistics
         self.settings = SearchSettings(
@@ -199,6 +201,22 @@ class FactEditor:
                 )
         return self.paths[name]
 
+    def _forward(self, example: FactPrompts) -> FullForward:
+        """How the search runs the model; settled with the first fact."""
+        if self.forward is None:
+            first = next(iter(self.layers.values()))
+            self.forward = choose_forward(
+                self.model,
+                self.blocks,
+                self.block_of[self.last],
+                self.layers[self.last],
+                self._path(self.last, example),
+                example,
+                keys_of=first,
+                force_full=self.full_search,
+            )
+        return self.forward
+
     # --- one batch -----------------------------------------------------------------------------------------------
 
     def _edit_batch(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], advance: Any) -> list[FactReport]:
@@ -211,17 +229,7 @@ class FactEditor:
                 solve_all(self.tuner, self.adapter_name, memory.without(outdated))
             memory = self.config.memory
         with self.watch("search"):
-            found = search_targets(
-                self.model,
-                self.blocks,
-                self.block_of[self.last],
-                self.layers[self.last],
-                self._path(self.last, prompts[0]),
-                prompts,
-                self.settings,
-                on_finished=advance,
-                force_full=self.full_search,
-            )
+            found = search_targets(self._forward(prompts[0]), prompts, self.settings, on_finished=advance)
         written = self._usable(facts, found)
         if any(written):
             kept = [index for index, good in enumerate(written) if good]
@@ -275,19 +283,18 @@ class FactEditor:
         """Spreads the wanted change over the edited layers as MEMIT does (arXiv 2210.07229, algorithm 1)."""
         place = torch.tensor(kept, device=found.targets.device)
         targets = found.targets[place]
-        bare = [fact.rows[0] for fact in prompts]
-        rows = [row for fact in prompts for row in fact.rows]
-        last_block = self.blocks[self.block_of[self.last]]
+        reader = SubjectReader(self.model, self.blocks, [fact.rows for fact in prompts])
         pairs, solutions = {}, {}
         for index, (name, layer) in enumerate(self.layers.items()):
+            block = self.block_of[name]
             with self.watch("keys"):
-                row_keys = read_at_subject(self.model, rows, inputs_of=layer)[0]
-                row_keys = row_keys.reshape(len(facts), -1, row_keys.shape[-1])
-                path = self._path(name, prompts[0])
-                if path is None:
+                # Below the first edited module nothing has changed since the search.
+                row_keys = found.keys[place.to(found.keys.device)] if index == 0 else reader.keys(layer, block)
+                if len(self.layers) == 1:
                     increments = found.increments[place]
                 else:
-                    output, hidden = read_at_subject(self.model, bare, outputs_of=(layer, last_block))
+                    path: Any = self._path(name, prompts[0])
+                    output, hidden = reader.outputs(layer, block, self.block_of[self.last])
                     residual = (targets - hidden.to(targets)) / (len(self.layers) - index)
                     with torch.no_grad():
                         increments = path.pull(output.to(residual), residual.to(output.device))

@@ -2,24 +2,30 @@
 
 Two ways give the same answer. `FullForward` runs whole sequences through the whole model. `SplitForward` runs only
 what depends on the increment: positions from the subject's last token on (what comes before is a read-only key/value
-cache, by causality) and blocks above the edited one (its own output is remembered). Both apply the output head at the
-positions that are read, and nowhere else.
+cache, by causality; `prefix.py`) and blocks above the edited one (its own output is remembered). Both apply the output
+head at the positions that are read, and nowhere else.
 """
 
 from __future__ import annotations
 
 import inspect
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .hooks import like_output, on_input, on_output, replaced_forward
+from .hooks import StopForward, like_output, on_input, on_output, replaced_forward
+from .prefix import Prefix
 from .prompts import FactPrompts
 from .residual import ResidualPath
+
+
+PREPARED_AT_ONCE = 64  # facts
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class SearchRows:
         read_positions (`torch.LongTensor`): (F, R, K) positions whose next-token logits are read.
         read_mask (`torch.BoolTensor`): (F, R, K) which of them exist.
         labels (`torch.LongTensor`): (F, R, K) target tokens; -1 where nothing is to be predicted (essence).
+        shared (`torch.LongTensor`): (R,) tokens before the subject that are the same in that row of every fact, such
+            as those of a context.
     """
 
     ids: torch.Tensor
@@ -41,6 +49,7 @@ class SearchRows:
     read_positions: torch.Tensor
     read_mask: torch.Tensor
     labels: torch.Tensor
+    shared: torch.Tensor
 
     @classmethod
     def from_prompts(cls, prompts: list[FactPrompts], device: torch.device | str = "cpu") -> SearchRows:
@@ -70,6 +79,13 @@ class SearchRows:
             read_positions=read.clamp_min(0).to(device),
             read_mask=(read >= 0).to(device),
             labels=torch.tensor(labels).reshape(shape).to(device),
+            shared=torch.tensor(
+                [
+                    _common_length([ids[:end] for ids, end in zip(sequences[place::rows_per_fact], ends)])
+                    for place in range(rows_per_fact)
+                    if (ends := subjects[place::rows_per_fact])
+                ]
+            ).to(device),
         )
 
     @property
@@ -82,6 +98,12 @@ class SearchRows:
         return (facts[:, None] * self.rows_per_fact + steps).reshape(-1)
 
 
+def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common beginning."""
+    first, last = min(sequences), max(sequences)
+    return next((i for i, (one, other) in enumerate(zip(first, last)) if one != other), min(len(first), len(last)))
+
+
 @dataclass(frozen=True)
 class BaseStates:
     """What the model does before any increment, per fact.
@@ -89,27 +111,36 @@ class BaseStates:
     Args:
         hidden (`torch.Tensor`): (F, d_model) output of the edited block, bare prompt, subject's last token.
         module_output (`torch.Tensor`): (F, d_model) output of the edited module there.
-        essence (`torch.Tensor`): (F, vocabulary) log-probabilities after the essence prompt, float32 or wider.
+        keys (`torch.Tensor`): (F, R - 1, d_in) input of the first edited module at every row's subject.
     """
 
     hidden: torch.Tensor
     module_output: torch.Tensor
-    essence: torch.Tensor
+    keys: torch.Tensor
 
 
 @dataclass
 class View:
     """The rows of the facts that are being searched at the moment, in the form that the forward pass takes.
 
-    `read_rows`, `read_columns` (M,) say which hidden states reach the output head, `labels` (M,) what they should
-    predict, `slots` (M,) the place of their row among the A * R rows of the view.
+    Args:
+        facts (`torch.LongTensor`): (A,).
+        row_facts (`torch.LongTensor`): (A * R,) the place among `facts` that each row belongs to.
+        read_rows (`torch.LongTensor`), read_columns (`torch.LongTensor`): (M,) hidden states that reach the head:
+            first those that predict a target token, then one per essence row.
+        target_rows (`torch.LongTensor`): (M - A,) the row of each target token.
+        labels (`torch.LongTensor`): (M - A,) the target tokens.
+        tokens (`torch.LongTensor`): (A * R,) target tokens of each row.
+        state: What the forward pass needs besides.
     """
 
     facts: torch.Tensor
     row_facts: torch.Tensor
     read_rows: torch.Tensor
     read_columns: torch.Tensor
+    target_rows: torch.Tensor
     labels: torch.Tensor
+    tokens: torch.Tensor
     state: Any
 
 
@@ -122,6 +153,7 @@ class FullForward:
         block_index (`int`): The block of the last edited module.
         module: The last edited module.
         path: How that module's output reaches the residual stream; None if unknown.
+        keys_of: The first edited module.
     """
 
     def __init__(
@@ -131,62 +163,84 @@ class FullForward:
         block_index: int,
         module: nn.Module,
         path: ResidualPath | None,
+        keys_of: nn.Module | None = None,
     ) -> None:
         self.model = model
         self.blocks = blocks
         self.block_index = block_index
         self.module = module
         self.path = path
+        self.keys_of = keys_of or module
         self.accepted = set(inspect.signature(model.forward).parameters)
         self.rows: SearchRows
         self.base: BaseStates
 
     # --- before the search -------------------------------------------------------------------------------------
 
-    def prepare(self, rows: SearchRows, chunk: int = 64) -> BaseStates:
-        """Runs the rows once, without gradient, and keeps what the search reads. `chunk` is a number of facts."""
+    def prepare(self, rows: SearchRows) -> BaseStates:
+        """Runs the rows once, without gradient, and keeps what the search reads."""
         self.rows = rows
-        pieces = []
         count = rows.read_mask.shape[0]
-        for start in range(0, count, chunk):
+        pieces: list[tuple[torch.Tensor, ...]] = []
+        start, chunk = 0, PREPARED_AT_ONCE
+        while start < count:
             facts = torch.arange(start, min(start + chunk, count), device=rows.ids.device)
-            pieces.append(self._prepare_chunk(facts))
-        self.base = BaseStates(*(torch.cat(parts) for parts in zip(*pieces)))
+            try:
+                with torch.no_grad():
+                    pieces.append(self._prepare_chunk(facts))
+            except torch.OutOfMemoryError:
+                if chunk == 1:
+                    raise
+                chunk = max(1, chunk // 2)
+                continue
+            start += len(facts)
+        self.base = BaseStates(*(torch.cat(parts) for parts in zip(*(piece[:3] for piece in pieces))))
+        self._keep([piece[3:] for piece in pieces])
         return self.base
 
-    def _prepare_chunk(self, facts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _prepare_chunk(self, facts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows = self.rows
         index = rows.of_facts(facts)
-        subject = rows.subject[index]
+        ids, mask = rows.ids[index], self._mask(rows.lengths[index])
+        with self._reading() as seen:
+            self._run(ids[:, : mask.shape[1]], mask)
+        return self._base_states(seen, rows.subject[index], len(facts))
+
+    @contextmanager
+    def _reading(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Reads the first module's input and the last one's and its block's output; the pass ends there."""
         seen: dict[str, torch.Tensor] = {}
 
-        def read(name: str) -> Any:
-            def keep(hidden: torch.Tensor) -> None:
-                seen[name] = hidden.detach()
+        def keep(name: str, hidden: torch.Tensor) -> None:
+            seen[name] = hidden
 
-            return keep
+        def at_block(hidden: torch.Tensor) -> None:
+            seen["block"] = hidden
+            raise StopForward
 
-        essence_row = torch.arange(len(facts), device=facts.device) * rows.rows_per_fact + rows.rows_per_fact - 1
-        essence_column = rows.lengths[index][essence_row] - 1
-        with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(on_output(self.module, read("module")))
-            stack.enter_context(on_output(self.blocks[self.block_index], read("block")))
-            logits = self._run(
-                rows.ids[index], self._mask(rows.lengths[index]), None, self._cache(), essence_row, essence_column
-            )
-            bare = torch.arange(len(facts), device=facts.device) * rows.rows_per_fact
-            position = subject[bare]
-            self._remember(index, seen, subject)
+        with ExitStack() as stack:
+            stack.enter_context(on_input(self.keys_of, partial(keep, "keys")))
+            stack.enter_context(on_output(self.module, partial(keep, "module")))
+            stack.enter_context(on_output(self.blocks[self.block_index], at_block))
+            try:
+                yield seen
+            except StopForward:
+                pass
+
+    def _base_states(
+        self, seen: dict[str, torch.Tensor], columns: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, ...]:
+        shape = seen["block"].shape[:2]
+        every = torch.arange(len(columns), device=columns.device)
+        bare, rows_per_fact = every[:: self.rows.rows_per_fact], self.rows.rows_per_fact
+        keys = _at(seen["keys"].reshape(*shape, -1), every, columns)
         return (
-            _at(seen["block"], bare, position),
-            _at(seen["module"].reshape(seen["block"].shape), bare, position),
-            _log_probabilities(logits),
+            _at(seen["block"], bare, columns[bare]),
+            _at(seen["module"].reshape(*shape, -1), bare, columns[bare]),
+            keys.reshape(count, rows_per_fact, -1)[:, :-1],
         )
 
-    def _cache(self) -> DynamicCache | None:
-        return None
-
-    def _remember(self, index: torch.Tensor, seen: dict[str, torch.Tensor], subject: torch.Tensor) -> None:
+    def _keep(self, pieces: list[tuple[torch.Tensor, ...]]) -> None:
         """What else this way of running needs from the first pass: nothing."""
 
     # --- during the search -------------------------------------------------------------------------------------
@@ -195,16 +249,21 @@ class FullForward:
         """Gathers the rows of the given facts, (A,)."""
         rows = self.rows
         index = rows.of_facts(facts)
-        mask = rows.read_mask[facts].flatten(0, 1)
-        read_rows, read_places = mask.nonzero(as_tuple=True)
-        columns = rows.read_positions[facts].flatten(0, 1)[read_rows, read_places]
+        labels = rows.labels[facts].flatten(0, 1)
+        target_rows, places = (labels >= 0).nonzero(as_tuple=True)
+        essence_rows = torch.arange(rows.rows_per_fact - 1, len(index), rows.rows_per_fact, device=index.device)
+        read_rows = torch.cat([target_rows, essence_rows])
+        positions = rows.read_positions[facts].flatten(0, 1)
+        columns = torch.cat([positions[target_rows, places], positions[essence_rows, 0]])
         state, shift = self._gather(index)
         return View(
             facts=facts,
             row_facts=torch.arange(len(facts), device=facts.device).repeat_interleave(rows.rows_per_fact),
             read_rows=read_rows,
             read_columns=columns - shift[read_rows],
-            labels=rows.labels[facts].flatten(0, 1)[read_rows, read_places],
+            target_rows=target_rows,
+            labels=labels[target_rows, places],
+            tokens=(labels >= 0).sum(1),
             state=state,
         )
 
@@ -234,8 +293,8 @@ class FullForward:
                 (place.to(hidden.device), subject.to(hidden.device)), added, accumulate=True
             ).reshape(shape)
 
-        with on_output(self.module, add):
-            return self._run(ids, self._mask(lengths), None, None, view.read_rows, view.read_columns)
+        with on_output(self.module, add), self._head_at(view):
+            return self._run(ids, self._mask(lengths))
 
     # --- shared ------------------------------------------------------------------------------------------------
 
@@ -247,126 +306,108 @@ class FullForward:
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
-        positions: torch.Tensor | None,
-        cache: DynamicCache | None,
-        read_rows: torch.Tensor,
-        read_columns: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: DynamicCache | None = None,
     ) -> torch.Tensor:
-        """The model's own forward, with the output head applied to the read positions only: (M, vocabulary)."""
-        arguments: dict[str, Any] = {
-            "input_ids": ids[:, : mask.shape[1]] if cache is None else ids,
-            "attention_mask": mask,
-        }
+        """The model's own forward: its logits for the first row (there is one only under `_head_at`)."""
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
         if positions is not None and "position_ids" in self.accepted:
             arguments["position_ids"] = positions
         if cache is not None:
             arguments["past_key_values"] = cache
-        arguments["use_cache"] = cache is not None
+        return self.model(**arguments).logits[0]
+
+    def _head_at(self, view: View) -> AbstractContextManager[None]:
+        """The output head is applied at the read positions only: logits are (1, M, vocabulary)."""
 
         def gather(hidden: torch.Tensor) -> torch.Tensor:
-            return hidden[read_rows.to(hidden.device), read_columns.to(hidden.device)][None]
+            return hidden[view.read_rows.to(hidden.device), view.read_columns.to(hidden.device)][None]
 
-        with on_input(self.model.get_output_embeddings(), gather):
-            return self.model(**arguments).logits[0]
+        return on_input(self.model.get_output_embeddings(), gather)
 
 
 class SplitForward(FullForward):
     """Only the positions and the blocks that depend on the increment; needs a known residual path."""
 
-    def prepare(self, rows: SearchRows, chunk: int = 64) -> BaseStates:
-        self.stored: list[tuple[torch.Tensor, ...]] = []
+    def prepare(self, rows: SearchRows) -> BaseStates:
+        """As `FullForward.prepare`; what is before the subject and equal in all facts is run once."""
         handle = self.blocks[self.block_index].register_forward_hook(self._learn_output_form)
         try:
-            base = super().prepare(rows, chunk)
+            self.rows = rows
+            with torch.no_grad():
+                self._shared = self._run_prefix(rows.ids, rows.shared, None)
+            return super().prepare(rows)
         finally:
             handle.remove()
-        # Chunks were padded to their own longest prefix and suffix; bring them to one size.
-        prefix = max(piece[0].shape[1] for piece in self.stored)
-        suffix = max(piece[1].shape[1] for piece in self.stored)
-        layers = len(self.stored[0][3:])
-        self.prefix_mask = torch.cat([_grow(piece[0], 1, prefix, left=True) for piece in self.stored])
-        self.hidden = torch.cat([_grow(piece[1], 1, suffix) for piece in self.stored])
-        self.module_output = torch.cat([piece[2] for piece in self.stored])
-        self.keys_values = [
-            torch.cat([_grow(piece[3 + layer], 2, prefix, left=True) for piece in self.stored])
-            for layer in range(layers)
-        ]
-        del self.stored
-        return base
 
     def _learn_output_form(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._output_form = (None,) * len(output) if isinstance(output, tuple) else None
 
-    def _cache(self) -> DynamicCache:
-        return self._prefilled
+    def _run_prefix(self, ids: torch.Tensor, until: torch.Tensor, before: Prefix | None) -> Prefix:
+        """Keys and values of every block for the tokens of `ids` (n, T) that come after `before`, up to `until` (n,)."""
+        start = before.lengths if before is not None else torch.zeros_like(until)
+        width = int((until - start).max())
+        if width == 0:
+            return before if before is not None else Prefix.empty(len(until), until.device)
+        ids, positions, mask = _window(ids, start, until, width)
+        cache = before.cache() if before is not None else DynamicCache()
+        whole = mask if before is None else torch.cat([before.mask, mask], dim=1)
 
-    def _prepare_chunk(self, facts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self._prefilled = DynamicCache()
-        try:
-            return super()._prepare_chunk(facts)
-        finally:
-            del self._prefilled
+        def stop(_hidden: torch.Tensor) -> None:
+            raise StopForward
 
-    def _remember(self, index: torch.Tensor, seen: dict[str, torch.Tensor], subject: torch.Tensor) -> None:
-        hidden = seen["block"]
-        lengths = self.rows.lengths[index]
-        prefix = int(subject.max())
-        source = torch.arange(prefix, device=subject.device) - (prefix - subject[:, None])  # (n, P), right-aligned
-        suffix = int((lengths - subject).max())
-        columns = (subject[:, None] + torch.arange(suffix, device=subject.device)).clamp_max(hidden.shape[1] - 1)
-        kept = [
-            source >= 0,
-            hidden.gather(1, columns.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])),
-            _at(seen["module"].reshape(hidden.shape), torch.arange(len(index), device=subject.device), subject),
-        ]
-        for layer in self._prefilled.layers[self.block_index + 1 :]:
-            for states in (layer.keys, layer.values):
-                where = source.clamp_min(0).to(states.device)[:, None, :, None]
-                kept.append(states.gather(2, where.expand(-1, states.shape[1], -1, states.shape[3])))
-        self.stored.append(tuple(kept))
+        with on_output(self.blocks[-1], stop):
+            try:
+                self._run(ids, whole.long(), positions, cache)
+            except StopForward:
+                pass
+        return Prefix.of(cache, whole)
+
+    def _prepare_chunk(self, facts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = self.rows
+        index = rows.of_facts(facts)
+        subject, lengths = rows.subject[index], rows.lengths[index]
+        shared = self._shared.rows(torch.arange(rows.rows_per_fact, device=facts.device).repeat(len(facts)))
+        prefix = self._run_prefix(rows.ids[index], subject, shared)
+        ids, positions, mask = _window(rows.ids[index], subject, lengths, int((lengths - subject).max()))
+        with self._reading() as seen:
+            self._run(ids, torch.cat([prefix.mask, mask], dim=1).long(), positions, prefix.cache())
+        prefix = prefix.above(self.block_index)
+        output = seen["module"].reshape(seen["block"].shape)[:, 0]
+        base = self._base_states(seen, torch.zeros_like(subject), len(facts))
+        return (*base, prefix.mask, seen["block"], output, *prefix.states)
+
+    def _keep(self, pieces: list[tuple[torch.Tensor, ...]]) -> None:
+        # Chunks were padded to their own longest prefix and suffix; bring them to one size.
+        width = max(piece[1].shape[1] for piece in pieces)
+        self.hidden = torch.cat([_grow(piece[1], width) for piece in pieces])
+        self.module_output = torch.cat([piece[2] for piece in pieces])
+        self.prefix = Prefix.joined([Prefix(piece[0], piece[3:]) for piece in pieces])
 
     def _gather(self, index: torch.Tensor) -> tuple[Any, torch.Tensor]:
         rows = self.rows
         subject, lengths = rows.subject[index], rows.lengths[index]
-        prefix, suffix = int(subject.max()), int((lengths - subject).max())
-        start = self.prefix_mask.shape[1] - prefix
-        offsets = torch.arange(suffix, device=index.device)
-        columns = (subject[:, None] + offsets).clamp_max(rows.ids.shape[1] - 1)
-        mask = torch.cat([self.prefix_mask[index][:, start:], offsets < (lengths - subject)[:, None]], dim=1).long()
-        state = (
-            rows.ids[index].gather(1, columns),
-            mask,
-            subject[:, None] + offsets,
-            self.hidden[index.to(self.hidden.device), :suffix],
-            self.module_output[index.to(self.module_output.device)],
-            [states[index.to(states.device), :, start:] for states in self.keys_values],
-        )
-        return state, subject
+        suffix = int((lengths - subject).max())
+        ids, positions, mask = _window(rows.ids[index], subject, lengths, suffix)
+        prefix = self.prefix.rows(index).trimmed()
+        mask = torch.cat([prefix.mask, mask], dim=1).long()
+        hidden = self.hidden[index.to(self.hidden.device), :suffix]
+        return (ids, mask, positions, hidden, self.module_output[index.to(hidden.device)], prefix), subject
 
     def logits(self, view: View, increment: torch.Tensor) -> torch.Tensor:
-        ids, mask, positions, hidden, module_output, keys_values = view.state
+        ids, mask, positions, hidden, module_output, prefix = view.state
         assert self.path is not None
         added = increment.to(module_output.device)[view.row_facts.to(module_output.device)]
         change = self.path.push(module_output, added.to(module_output)).to(hidden)
         moved = torch.cat([hidden[:, :1] + change[:, None], hidden[:, 1:]], dim=1)
-        cache = DynamicCache()
-        if keys_values and keys_values[0].shape[2]:
-            # Blocks that are not run only lend their sequence length; those above read the prefix. `update` makes new
-            # tensors, so what is stored stays as it is.
-            below = keys_values[:2] * (self.block_index + 1)
-            for layer in range(len(below) // 2):
-                cache.update(below[2 * layer], below[2 * layer + 1], layer)
-            for layer in range(len(keys_values) // 2):
-                cache.update(keys_values[2 * layer], keys_values[2 * layer + 1], self.block_index + 1 + layer)
-        else:
-            mask = mask[:, mask.shape[1] - ids.shape[1] :]
         with ExitStack() as stack:
             for block in self.blocks[: self.block_index]:
                 stack.enter_context(replaced_forward(block, self._pass_through))
             stack.enter_context(
                 replaced_forward(self.blocks[self.block_index], lambda *_, **__: self._as_block(moved))
             )
-            return self._run(ids, mask, positions, cache, view.read_rows, view.read_columns)
+            stack.enter_context(self._head_at(view))
+            return self._run(ids, mask, positions, prefix.cache(blocks_below=self.block_index + 1))
 
     def _pass_through(self, *args: Any, **kwargs: Any) -> Any:
         return self._as_block(args[0] if args else kwargs["hidden_states"])
@@ -376,19 +417,18 @@ class SplitForward(FullForward):
         return like_output(self._output_form, hidden)
 
 
+def _window(
+    ids: torch.Tensor, start: torch.Tensor, end: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, positions and mask, each (n, width), of the tokens from `start` to `end` (n,), right-padded."""
+    positions = start[:, None] + torch.arange(width, device=ids.device)
+    return ids.gather(1, positions.clamp_max(ids.shape[1] - 1)), positions, positions < end[:, None]
+
+
 def _at(hidden: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return hidden[rows.to(hidden.device), columns.to(hidden.device)]
 
 
-def _grow(tensor: torch.Tensor, dim: int, size: int, left: bool = False) -> torch.Tensor:
-    missing = size - tensor.shape[dim]
-    if missing == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    filler = tensor.new_zeros(shape)
-    return torch.cat([filler, tensor] if left else [tensor, filler], dim=dim)
-
-
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+def _grow(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """Pads (n, w, d) with zeros to (n, width, d)."""
+    return nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[1]))

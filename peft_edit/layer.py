@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
 from .config import EditConfig
@@ -30,6 +31,7 @@ class EditLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, get_apply_tensor_subclass: Any = None) -> None:
         self.base_layer = base_layer
         self.edit_delta = nn.ModuleDict({})
+        self._compute_copies: dict[str, tuple[torch.Tensor, tuple]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # The base, kept while adapters are merged: its weight, or a quantised module whole (in a tuple, or it would be
@@ -106,6 +108,7 @@ class EditLayer(BaseTunerLayer):
         delta: Any = self.edit_delta[adapter_name]
         value = value.detach()
         if delta.weight.device.type != "meta":
+            self._compute_copies.pop(adapter_name, None)
             delta.weight.data = value.to(device=delta.weight.device, dtype=delta.weight.dtype)
             return
         weights, key = _offloaded_weight(delta)
@@ -116,12 +119,17 @@ class EditLayer(BaseTunerLayer):
         delta = self.get_delta(adapter_name)
         return delta.T if self.is_transposed else delta
 
+    def get_base_weight(self) -> torch.Tensor:
+        if self.quantization_backend is None:
+            return super().get_base_weight()
+        return self.quantization_backend.get_base_weight(_unpacked(self.get_base_layer()))
+
     def base_norm(self) -> float:
         """||W0||_F of the unedited base weight, in float64; also while merged, offloaded or quantised."""
         base: Any = self.get_base_layer()
         if self.unmerged_module is not None:
             backend: Any = self.quantization_backend
-            weight = backend.get_base_weight(self.unmerged_module[0])
+            weight = backend.get_base_weight(_unpacked(self.unmerged_module[0]))
         elif self.unmerged_weight is not None:
             weight = self.unmerged_weight
         else:
@@ -130,6 +138,43 @@ class EditLayer(BaseTunerLayer):
             weights, key = _offloaded_weight(base)
             weight = weights[key]
         return float(weight.detach().double().norm())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._compute_copies.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    # --- multiplying with it -----------------------------------------------------------------------------------
+
+    def _add_change(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`result` plus the delta times `x`, in the dtype of `result`."""
+        weight = self._compute_weight(adapter_name, x, result)
+        if weight is None:
+            delta: Any = self.edit_delta[adapter_name]
+            return result + delta(self._cast_input_dtype(x, delta.weight.dtype)).to(result.dtype)
+        rows = x.to(result.dtype).reshape(-1, self.in_features)
+        # One operation: the product is added before it is rounded, and not written to memory in between.
+        return torch.addmm(result.reshape(-1, self.out_features), rows, weight.T).reshape(result.shape)
+
+    def _compute_weight(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
+        """The delta in the dtype of `result`, copied where it is another one; None if the module must be called.
+
+        A copy is kept until the delta changes. Like autograd, this notices every change but one in place through
+        `weight.data`.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # would take a copy for a constant
+            return None
+        delta: Any = self.edit_delta[adapter_name]
+        plain = x.device == result.device and _only_multiplies(delta, result)
+        if not plain or delta.weight.dtype == result.dtype:
+            self._compute_copies.pop(adapter_name, None)
+            return delta.weight if plain else None
+        state = _state_of(delta.weight)
+        copied, copied_state = self._compute_copies.get(adapter_name, (None, None))
+        if copied is None or copied.dtype != result.dtype or copied_state != state:
+            with torch.inference_mode(False), torch.no_grad():  # a later call may need a gradient
+                copied = delta.weight.detach().to(result.dtype)
+            self._compute_copies[adapter_name] = (copied, state)
+        return copied
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A delta is a plain matrix, so PEFT can factor it."""
@@ -150,6 +195,13 @@ class EditLinear(nn.Module, EditLayer):
         EditLayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compute_copies": {}}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._compute_copies.clear()
+        return super()._apply(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds deltas to the base weight, which is kept for `unmerge`.
@@ -172,6 +224,7 @@ class EditLinear(nn.Module, EditLayer):
         if not self.merged:
             self._keep_base()
         self.set_base_weight(merged)
+        self._compute_copies.clear()
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -239,12 +292,8 @@ class EditLinear(nn.Module, EditLayer):
         if not self.merged:
             for name in self.active_adapters:
                 if name in self.edit_delta:
-                    result = result + self._change(name, x).to(result.dtype)
+                    result = self._add_change(name, x, result)
         return result
-
-    def _change(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        delta: Any = self.edit_delta[adapter_name]
-        return delta(self._cast_input_dtype(x, delta.weight.dtype))
 
     def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
         """Each sample with its own adapter; "__base__" for none."""
@@ -263,11 +312,46 @@ class EditLinear(nn.Module, EditLayer):
         for name in dict.fromkeys(per_sample):
             if name in self.edit_delta:
                 rows = torch.tensor([i for i, chosen in enumerate(per_sample) if chosen == name], device=x.device)
-                result = result.index_add(0, rows, self._change(name, x[rows]).to(result.dtype))
+                result = result.index_copy(0, rows, self._add_change(name, x[rows], result[rows]))
         return result
 
     def __repr__(self) -> str:
         return "edit." + super().__repr__()
+
+
+def _state_of(weight: torch.Tensor) -> tuple[StorageWeakRef, int, int]:
+    """Differs once the weight has changed. (While a weak reference is held, no other storage is taken for its own.)"""
+    return StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version
+
+
+def _only_multiplies(delta: nn.Module, result: torch.Tensor) -> bool:
+    """Whether calling the module would multiply with a weight at hand that is not being trained, and nothing else."""
+    weight: Any = delta.weight
+    kind = result.device.type
+    return (
+        type(delta) is nn.Linear
+        and type(weight) is nn.Parameter  # no DTensor or other subclass
+        and weight.device == result.device
+        and kind != "meta"
+        and not (weight.requires_grad and torch.is_grad_enabled())
+        and not weight.is_inference()  # has no version
+        and not hasattr(delta, "_hf_hook")
+        and not (delta._forward_pre_hooks or delta._forward_hooks)
+        and not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != result.dtype)
+    )
+
+
+def _unpacked(base: Any) -> Any:
+    """The module, or a copy if bitsandbytes has given its 4-bit weight the CPU layout, which cannot be dequantised."""
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return base
+    base = copy.deepcopy(base)
+    base.state_dict()  # unpacks in place
+    state = base.weight.quant_state
+    if state.absmax.dim() == 2:  # forgotten by bitsandbytes 0.50
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return base
 
 
 def _offloaded_weight(module: nn.Module) -> tuple[MutableMapping[str, torch.Tensor], str]:

@@ -4,65 +4,123 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .hooks import StopForward, on_input, on_output
+from .hooks import StopForward, on_input, on_output, replaced_forward
 from .prompts import TokenizedPrompt
 
 
-def read_at_subject(
-    model: Any,
-    rows: Sequence[TokenizedPrompt],
-    inputs_of: nn.Module | None = None,
-    outputs_of: Sequence[nn.Module] = (),
-    chunk: int = 256,
-) -> list[torch.Tensor]:
-    """Hidden states at every row's subject; tokens after the subject are not fed (causality).
+@dataclass
+class _Chunk:
+    """Some rows, and what the blocks that no longer change make of them.
+
+    `below` is the output of block `block`, None before the first reading.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    last: torch.Tensor
+    block: int = -1
+    below: Any = None
+    seen: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class SubjectReader:
+    """Reads hidden states of the same sequences again and again while deltas change from the bottom up.
+
+    Tokens after the subject are not fed (causality), and a reading starts where the one before it stood: below the
+    module that is read nothing changes any more.
 
     Args:
         model: The causal language model, in eval mode.
-        rows: The sequences.
-        inputs_of: A module whose input is read.
-        outputs_of: Modules whose output is read; the pass stops after the last of everything read has been seen.
+        blocks (`Sequence[nn.Module]`): Its decoder blocks.
+        facts (`Sequence[Sequence[TokenizedPrompt]]`): Per fact the same number of rows, the bare prompt first.
         chunk (`int`): Rows per forward pass.
-
-    Returns:
-        `list[torch.Tensor]`: one (rows, width) tensor for `inputs_of` (if given), then one for each of `outputs_of`.
     """
-    wanted = (inputs_of is not None) + len(outputs_of)
-    pieces: list[list[torch.Tensor]] = [[] for _ in range(wanted)]
-    device = model.get_input_embeddings().weight.device
-    device = torch.device("cpu") if device.type == "meta" else device
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk]
-        last = torch.tensor([row.subject_index for row in part])
+
+    def __init__(
+        self,
+        model: Any,
+        blocks: Sequence[nn.Module],
+        facts: Sequence[Sequence[TokenizedPrompt]],
+        chunk: int = 256,
+    ) -> None:
+        self.model = model
+        self.blocks = list(blocks)
+        self.count, self.rows_per_fact = len(facts), len(facts[0])
+        device = model.get_input_embeddings().weight.device
+        self.device = torch.device("cpu") if device.type == "meta" else device
+        bare = [rows[0] for rows in facts]
+        behind_context = [row for rows in facts for row in rows[1:]]
+        self.bare = [self._chunk(bare[at : at + chunk]) for at in range(0, len(bare), chunk)]
+        self.others = [self._chunk(behind_context[at : at + chunk]) for at in range(0, len(behind_context), chunk)]
+
+    def _chunk(self, rows: Sequence[TokenizedPrompt]) -> _Chunk:
+        last = torch.tensor([row.subject_index for row in rows])
         width = int(last.max()) + 1
-        ids = torch.tensor(
-            [list(row.ids[: row.subject_index + 1]) + [0] * (width - row.subject_index - 1) for row in part]
-        )
+        ids = [list(row.ids[: row.subject_index + 1]) + [0] * (width - row.subject_index - 1) for row in rows]
         mask = (torch.arange(width) <= last[:, None]).long()
-        seen: dict[int, torch.Tensor] = {}
+        return _Chunk(torch.tensor(ids).to(self.device), mask.to(self.device), last)
 
-        def keep(place: int, hidden: torch.Tensor, last: torch.Tensor = last, width: int = width, seen=seen) -> None:
-            hidden = hidden.reshape(len(last), width, hidden.shape[-1])
-            seen[place] = hidden[torch.arange(len(last), device=hidden.device), last.to(hidden.device)].detach()
-            if len(seen) == wanted:
-                raise StopForward
+    def keys(self, module: nn.Module, block: int) -> torch.Tensor:
+        """The module's input in every row, (facts, rows, d_in). `block` is the index of the module's block."""
+        for chunk in [*self.bare, *self.others]:
+            self._run(chunk, block, inputs_of=module, stop=None)
+        bare = torch.cat([chunk.seen["input"] for chunk in self.bare])[:, None]
+        if not self.others:
+            return bare
+        others = torch.cat([chunk.seen["input"] for chunk in self.others])
+        return torch.cat([bare, others.reshape(self.count, self.rows_per_fact - 1, -1)], dim=1)
 
-        with ExitStack() as stack, torch.no_grad():
+    def outputs(self, module: nn.Module, block: int, last_block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the bare prompts, (facts, d_model) each: the module's output and that of block `last_block`."""
+        for chunk in self.bare:
+            self._run(chunk, block, outputs_of=module, stop=last_block)
+        return (
+            torch.cat([chunk.seen["output"] for chunk in self.bare]),
+            torch.cat([chunk.seen["block"] for chunk in self.bare]),
+        )
+
+    def _run(
+        self,
+        chunk: _Chunk,
+        block: int,
+        inputs_of: nn.Module | None = None,
+        outputs_of: nn.Module | None = None,
+        stop: int | None = None,
+    ) -> None:
+        """One pass, from what is known below to the module's input or to block `stop`."""
+        known, below = chunk.block, chunk.below
+
+        def keep(name: str, ends: bool) -> Any:
+            def read(hidden: torch.Tensor) -> None:
+                hidden = hidden.reshape(*chunk.mask.shape, -1)
+                rows = torch.arange(len(chunk.last), device=hidden.device)
+                chunk.seen[name] = hidden[rows, chunk.last.to(hidden.device)]
+                if ends:
+                    raise StopForward
+
+            return read
+
+        def remember(_module: nn.Module, _args: Any, output: Any) -> None:
+            chunk.block, chunk.below = block - 1, output
+
+        with torch.no_grad(), ExitStack() as stack:
+            for skipped in self.blocks[: known + 1]:
+                stack.enter_context(replaced_forward(skipped, lambda *_, **__: below))
+            if block - 1 > known:
+                handle = self.blocks[block - 1].register_forward_hook(remember)
+                stack.callback(handle.remove)
             if inputs_of is not None:
-                stack.enter_context(on_input(inputs_of, partial(keep, 0)))
-            offset = wanted - len(outputs_of)
-            for place, module in enumerate(outputs_of, start=offset):
-                stack.enter_context(on_output(module, partial(keep, place)))
+                stack.enter_context(on_input(inputs_of, keep("input", ends=True)))
+            if outputs_of is not None and stop is not None:
+                stack.enter_context(on_output(outputs_of, keep("output", ends=False)))
+                stack.enter_context(on_output(self.blocks[stop], keep("block", ends=True)))
             try:
-                model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+                self.model(input_ids=chunk.ids, attention_mask=chunk.mask, use_cache=False)
             except StopForward:
                 pass
-        for place in range(wanted):
-            pieces[place].append(seen[place])
-    return [torch.cat(parts) for parts in pieces]

@@ -151,9 +151,7 @@ class RunningSolution:
         if not bool(equations.cross.any()):
             return cls._fresh(equations, count, penalties, penalties.solve(equations), store)
         covariance = penalties.covariance.to(equations.gram)
-        factor = factorised(
-            torch.add(equations.gram, covariance, alpha=penalties.preservation_weight), norm_penalty
-        )
+        factor = factorised(torch.add(equations.gram, covariance, alpha=penalties.preservation_weight), norm_penalty)
         delta = torch.cholesky_solve(equations.cross.T, factor).T
         binding = norm_penalty > penalties.norm_penalty
         return cls._fresh(equations, count, penalties, Solution(delta, 0.0, norm_penalty, binding, factor), store)
@@ -201,9 +199,7 @@ class RunningSolution:
 
     # --- adding to it ------------------------------------------------------------------------------------------
 
-    def add(
-        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0
-    ) -> tuple[RunningSolution, torch.Tensor]:
+    def add(self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0) -> tuple[RunningSolution, torch.Tensor]:
         """The solution with k more pairs.
 
         Args:

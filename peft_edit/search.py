@@ -26,6 +26,9 @@ from .residual import ResidualPath
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 
+SLOTS_ON_CPU = 32
+MOST_SLOTS = 256
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -39,7 +42,7 @@ class SearchSettings:
         weight_decay (`float`): Factor of `||delta|| / ||h||^2`.
         kl_weight (`float`): Factor of the KL divergence on the essence prompt.
         max_norm (`float`): Radius of the ball as a share of `||h||`.
-        slots (`int`): Facts searched at the same time.
+        slots (`int`): Facts searched at the same time; 0 for as many as the memory allows.
     """
 
     early_stopping: str = "mpes"
@@ -49,7 +52,7 @@ class SearchSettings:
     weight_decay: float = 0.5
     kl_weight: float = 0.0625
     max_norm: float = 0.75
-    slots: int = 32
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class SearchResult:
     Args:
         increments (`torch.Tensor`): (F, d_model), for the output of the last edited module; float32 or wider.
         targets (`torch.Tensor`): (F, d_model), the block output that results for the bare prompt.
+        keys (`torch.Tensor`): (F, rows, d_in), inputs of the first edited module at the subject, bare prompt first.
         steps (`torch.LongTensor`): (F,) updates made.
         converged (`torch.BoolTensor`): (F,) every target token was most probable in every context at the end.
         probability (`torch.Tensor`): (F,) probability of the target (geometric mean over its tokens, mean over
@@ -68,24 +72,24 @@ class SearchResult:
 
     increments: torch.Tensor
     targets: torch.Tensor
+    keys: torch.Tensor
     steps: torch.Tensor
     converged: torch.Tensor
     probability: torch.Tensor
     failed: torch.Tensor
 
 
-def search_targets(
+def choose_forward(
     model: Any,
     blocks: Sequence[nn.Module],
     block_index: int,
     module: nn.Module,
     path: ResidualPath | None,
-    prompts: Sequence[FactPrompts],
-    settings: SearchSettings,
-    on_finished: Callable[[int], None] | None = None,
+    example: FactPrompts,
+    keys_of: nn.Module | None = None,
     force_full: bool = False,
-) -> SearchResult:
-    """Searches the target vectors of many facts at once.
+) -> FullForward:
+    """The split forward pass where it gives the full one's answer on an example, else the full one.
 
     Args:
         model (`nn.Module`): The causal language model with its adapters in place, in eval mode.
@@ -93,67 +97,74 @@ def search_targets(
         block_index (`int`): Index of the block that holds the last edited module.
         module (`nn.Module`): The last edited module; increments are added to its output.
         path (`ResidualPath`, *optional*): How that output reaches the residual stream; None if unknown.
+        example (`FactPrompts`): A fact to compare on.
+        keys_of (`nn.Module`, *optional*): The first edited module, if that is another one.
+        force_full (`bool`): Run whole sequences even where the forward pass can be split.
+    """
+    place = (model, list(blocks), block_index, module, path, keys_of)
+    full = FullForward(*place)
+    if path is None or force_full:
+        return full
+    split, reason = SplitForward(*place), ""
+    try:
+        if _agree(split, full, SearchRows.from_prompts([example], _input_device(model))):
+            return split
+    except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f" ({type(error).__name__}: {error})"
+    warnings.warn(
+        f"The forward pass of {type(model).__name__} cannot be split at the subject{reason}; the target search "
+        "runs whole sequences instead: the same result, only slower.",
+        stacklevel=2,
+    )
+    return full
+
+
+def search_targets(
+    forward: FullForward,
+    prompts: Sequence[FactPrompts],
+    settings: SearchSettings,
+    on_finished: Callable[[int], None] | None = None,
+) -> SearchResult:
+    """Searches the target vectors of many facts at once.
+
+    Args:
+        forward (`FullForward`): How the model is run, from `choose_forward`.
         prompts (`Sequence[FactPrompts]`): The facts as token sequences.
         settings (`SearchSettings`): Settings of the objective and the optimiser.
         on_finished (`Callable[[int], None]`, *optional*): Called with the number of facts that have just finished.
-        force_full (`bool`): Run whole sequences even where the forward pass can be split.
 
     Returns:
         `SearchResult`
+
+    Raises:
+        torch.OutOfMemoryError: if not even one fact at a time fits.
     """
     order = sorted(range(len(prompts)), key=lambda i: _suffix_length(prompts[i]))
-    device = model.get_input_embeddings().weight.device
-    rows = SearchRows.from_prompts([prompts[i] for i in order], "cpu" if device.type == "meta" else device)
-    forward = _choose_forward(model, list(blocks), block_index, module, path, rows, force_full)
-    found = _Search(forward, path, settings, on_finished).run()
+    forward.prepare(SearchRows.from_prompts([prompts[i] for i in order], _input_device(forward.model)))
+    found = _Search(forward, settings, on_finished).run()
     original = torch.empty(len(order), dtype=torch.long)
     original[torch.tensor(order)] = torch.arange(len(order))
     return SearchResult(*(tensor[original.to(tensor.device)] for tensor in found))
+
+
+def _input_device(model: Any) -> torch.device:
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _suffix_length(prompts: FactPrompts) -> int:
     return max(len(row.ids) - row.subject_index for row in prompts.rows)
 
 
-def _choose_forward(
-    model: Any,
-    blocks: list[nn.Module],
-    block_index: int,
-    module: nn.Module,
-    path: ResidualPath | None,
-    rows: SearchRows,
-    force_full: bool,
-) -> FullForward:
-    """The split forward pass where it gives the full one's answer on the first fact, else the full one."""
-    full = FullForward(model, blocks, block_index, module, path)
-    if path is not None and not force_full:
-        split = SplitForward(model, blocks, block_index, module, path)
-        try:
-            split.prepare(rows)
-            agrees = _agree(split, full)
-        except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            agrees, reason = False, f" ({type(error).__name__}: {error})"
-        else:
-            reason = ""
-        if agrees:
-            return split
-        warnings.warn(
-            f"The forward pass of {type(model).__name__} cannot be split at the subject{reason}; the target search "
-            "runs whole sequences instead: the same result, only slower.",
-            stacklevel=2,
-        )
-    full.prepare(rows)
-    return full
-
-
-def _agree(split: SplitForward, full: FullForward) -> bool:
-    """Whether both ways give the same logits for the first fact with an arbitrary increment."""
-    full.rows, full.base = split.rows, split.base
-    first = torch.zeros(1, dtype=torch.long, device=split.rows.ids.device)
-    output = split.base.module_output[:1]
+def _agree(split: SplitForward, full: FullForward, rows: SearchRows) -> bool:
+    """Whether both ways give the same logits with an arbitrary increment."""
+    base = split.prepare(rows)
+    full.rows, full.base = rows, base
+    first = torch.zeros(1, dtype=torch.long, device=rows.ids.device)
     generator = torch.Generator().manual_seed(0)
+    output = base.module_output
     increment = torch.randn(output.shape, generator=generator).to(output)
     increment = 0.3 * increment * output.norm() / increment.norm()
     with torch.no_grad():
@@ -166,14 +177,13 @@ def _agree(split: SplitForward, full: FullForward) -> bool:
 
 
 class _Search:
-    """The optimisation itself: one Adam over a (slots, d_model) tensor, each fact with its own step count."""
+    """The optimisation itself: one Adam over a (facts, d_model) tensor, each fact with its own step count.
+
+    A step waits for the device once, to learn which facts have finished.
+    """
 
     def __init__(
-        self,
-        forward: FullForward,
-        path: ResidualPath | None,
-        settings: SearchSettings,
-        on_finished: Callable[[int], None] | None,
+        self, forward: FullForward, settings: SearchSettings, on_finished: Callable[[int], None] | None
     ) -> None:
         self.forward = forward
         self.settings = settings
@@ -181,109 +191,152 @@ class _Search:
         base = forward.base
         self.device = base.hidden.device
         self.dtype = torch.promote_types(base.hidden.dtype, torch.float32)
-        self.path = path or ResidualPath()
-        output = base.module_output.to(self.device, self.dtype)
+        self.path = forward.path or ResidualPath()
         # The optimiser works in units of the residual stream, whatever stands between it and the module.
         with torch.no_grad():
-            unit = (path or ResidualPath()).unit(base.module_output).to(self.device, self.dtype)
-        self.unit = unit
+            self.unit = self.path.unit(base.module_output).to(self.device, self.dtype)
         self.length = base.hidden.to(self.dtype).norm(dim=-1, keepdim=True)
-        self.count = len(output)
+        self.count = count = len(base.hidden)
+        self.slots = settings.slots or slots_that_fit(forward)
+        make: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        self.delta, self.mean, self.square = (torch.zeros(count, base.hidden.shape[-1], **make) for _ in range(3))
+        self.steps = torch.zeros(count, dtype=torch.long, device=self.device)
+        self.reached = torch.full_like(self.steps, -1)  # the step at which MPES struck
+        self.converged = torch.zeros(count, dtype=torch.bool, device=self.device)
+        self.failed = torch.zeros_like(self.converged)
+        self.probability = torch.zeros(count, **make)
+        # Of each fact, what follows the essence prompt without an increment: seen at its first evaluation.
+        self.essence: dict[int, torch.Tensor] = {}
 
     def run(self) -> tuple[torch.Tensor, ...]:
-        count, width = self.count, self.forward.base.hidden.shape[-1]
-        make: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        delta = torch.zeros(count, width, **make)
-        self.mean = torch.zeros(count, width, **make)
-        self.square = torch.zeros(count, width, **make)
-        steps = torch.zeros(count, dtype=torch.long, device=self.device)
-        reached = torch.full((count,), -1, dtype=torch.long, device=self.device)  # step at which MPES struck
-        converged = torch.zeros(count, dtype=torch.bool, device=self.device)
-        probability = torch.zeros(count, **make)
-        failed = torch.zeros(count, dtype=torch.bool, device=self.device)
-        waiting = torch.arange(count, device=self.device)
-        active = waiting[:0]
+        waiting = list(range(self.count))
+        active: list[int] = []
         view: View | None = None
-        while len(active) or len(waiting):
-            free = self.settings.slots - len(active)
-            if free and len(waiting):
-                active, waiting, view = torch.cat([active, waiting[:free]]), waiting[free:], None
+        while active or waiting:
+            if waiting and len(active) < self.slots:
+                free = self.slots - len(active)
+                active, waiting, view = active + waiting[:free], waiting[free:], None
             if view is None:
-                view = self.forward.view(active.to(self.forward.rows.ids.device))
-            current = delta[active].requires_grad_()
-            objective, probable, likelihood = self._evaluate(view, active, current)
-            bad = ~torch.isfinite(objective)
-            converged[active], probability[active] = probable & ~bad, likelihood
-            failed[active] |= bad
-            reached[active] = torch.where(probable & (reached[active] < 0), steps[active], reached[active])
-            done = bad | (steps[active] >= self.settings.steps - 1)
-            if self.settings.early_stopping == "mpes":
-                waited = steps[active] - reached[active] >= self.settings.extra_steps
-                done |= probable & waited  # an extra step that lost the target again is not the end
-            finished = done.cpu()  # the one wait for the device per step
-            if not bool(finished.all()):
-                (gradient,) = torch.autograd.grad(objective[~done].sum(), current)
-                going = active[~done]
-                steps[going] += 1
-                delta[going] = self._updated(going, delta[going], gradient[~done], steps[going])
-            if bool(finished.any()):
-                active, view = active[~done], None
+                facts = torch.tensor(active, device=self.forward.rows.ids.device)
+                view = self.forward.view(facts)
+            try:
+                finished = self._step(view, active)
+            except torch.OutOfMemoryError:
+                if len(active) == 1:
+                    raise
+                # Facts keep what they have reached, so those beyond half of the places just wait for another turn.
+                self.slots = max(1, len(active) // 2)
+                active, waiting, view = active[: self.slots], active[self.slots :] + waiting, None
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            if any(finished):
+                for fact, done in zip(active, finished):
+                    if done:
+                        del self.essence[fact]
+                active, view = [fact for fact, done in zip(active, finished) if not done], None
                 if self.on_finished is not None:
-                    self.on_finished(int(finished.sum()))
-        delta[failed] = 0.0
+                    self.on_finished(sum(finished))
+        return self._result()
+
+    def _step(self, view: View, active: list[int]) -> list[bool]:
+        """Evaluates the active facts and updates those that go on; returns which ones have finished."""
+        places = view.facts.to(self.device)
+        current = self.delta[places].requires_grad_()
+        objective, probable, likelihood = self._evaluate(view, places, active, current)
+        bad = ~torch.isfinite(objective)
+        steps = self.steps[places]
+        reached = torch.where(probable & (self.reached[places] < 0), steps, self.reached[places])
+        done = bad | (steps >= self.settings.steps - 1)
+        if self.settings.early_stopping == "mpes":
+            done |= probable & (steps - reached >= self.settings.extra_steps)  # a target lost again is not the end
+        finished = done.tolist()  # the one wait for the device
+        if not all(finished):
+            (gradient,) = torch.autograd.grad(torch.where(done, 0.0, objective).sum(), current)
+            self._update(places, current.detach(), gradient, steps, done)
+        self.converged[places], self.probability[places] = probable & ~bad, likelihood
+        self.failed[places] |= bad
+        self.reached[places] = reached
+        return finished
+
+    def _result(self) -> tuple[torch.Tensor, ...]:
+        delta = torch.where(self.failed[:, None], 0.0, self.delta)
         increments = delta * self.unit
+        base = self.forward.base
+        output = base.module_output.to(self.device)
+        output = output.to(self.dtype) if self.path.norm is None else output
         with torch.no_grad():
-            output = self.forward.base.module_output.to(self.device)
-            change = (
-                self.path.push(output.to(self.dtype), increments)
-                if self.path.norm is None
-                else (self.path.push(output, increments.to(output)).to(self.dtype))
-            )
-        targets = self.forward.base.hidden.to(self.dtype) + change
-        return increments, targets, steps, converged, probability, failed
+            change = self.path.push(output, increments.to(output)).to(self.dtype)
+        targets = base.hidden.to(self.dtype) + change
+        return increments, targets, base.keys, self.steps, self.converged, self.probability, self.failed
 
     def _evaluate(
-        self, view: View, active: torch.Tensor, delta: torch.Tensor
+        self, view: View, places: torch.Tensor, active: list[int], delta: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Objective (A,), whether every target token is the most probable (A,), target probability (A,)."""
-        rows_per_fact = self.forward.rows.rows_per_fact
-        logits = self.forward.logits(view, delta * self.unit[active])
-        labels, read_rows = view.labels.to(logits.device), view.read_rows.to(logits.device)
-        is_target = labels >= 0
-        target_rows, target_labels = read_rows[is_target], labels[is_target]
-        target_logits = logits[is_target].to(self.dtype)
-        scored = -nn.functional.cross_entropy(target_logits, target_labels, reduction="none").to(self.device)
-        rows = target_rows.to(self.device)
-        shape = (len(active) * rows_per_fact,)
-        total = torch.zeros(shape, device=self.device, dtype=self.dtype).index_add(0, rows, scored)
-        tokens = torch.zeros(shape, device=self.device, dtype=self.dtype).index_add(0, rows, torch.ones_like(scored))
-        per_row = (total / tokens.clamp_min(1)).reshape(-1, rows_per_fact)[:, :-1]  # the essence row predicts nothing
+        shape = (len(active), self.forward.rows.rows_per_fact)
+        logits = self.forward.logits(view, delta * self.unit[places])
+        labels, rows = view.labels.to(logits.device), view.target_rows.to(self.device)
+        target_logits, essence = logits[: len(labels)].to(self.dtype), logits[len(labels) :].to(self.dtype)
+        scored = -nn.functional.cross_entropy(target_logits, labels, reduction="none").to(self.device)
+        total = torch.zeros(shape, device=self.device, dtype=self.dtype).flatten().index_add(0, rows, scored)
+        per_row = (total / view.tokens.to(self.device).clamp_min(1)).reshape(shape)[:, :-1]  # without the essence row
         with torch.no_grad():
-            missed = (target_logits.argmax(-1) != target_labels).to(self.device)
-            misses = torch.zeros(shape, device=self.device).index_add(0, rows, missed.float())
-            probable = misses.reshape(-1, rows_per_fact).sum(1) == 0
+            missed = (target_logits.argmax(-1) != labels).to(self.device, self.dtype)
+            probable = torch.zeros_like(total).index_add(0, rows, missed).reshape(shape).sum(1) == 0
             likelihood = per_row.exp().mean(1)
-        essence = logits[~is_target].to(self.dtype).log_softmax(-1)
-        before = self.forward.base.essence[view.facts.to(self.forward.base.essence.device)].to(essence)
-        divergence = (essence.exp() * (essence - before)).sum(-1).to(self.device)
-        length = self.length[active]
+        divergence = self._divergence(active, essence.log_softmax(-1)).to(self.device)
+        length = self.length[places]
         # The square root of a zero increment has no gradient; there the decay has none either.
         size = torch.where((delta == 0).all(-1), delta.new_zeros(()), delta.square().sum(-1).clamp_min(1e-30).sqrt())
         decay = size / length[:, 0].square()
         objective = -per_row.mean(1) + self.settings.kl_weight * divergence + self.settings.weight_decay * decay
         return objective, probable, likelihood
 
-    def _updated(
-        self, facts: torch.Tensor, delta: torch.Tensor, gradient: torch.Tensor, steps: torch.Tensor
-    ) -> torch.Tensor:
-        """One step of Adam with a step count per fact, then the projection onto the ball."""
+    def _divergence(self, active: list[int], essence: torch.Tensor) -> torch.Tensor:
+        """KL divergence (A,) of what follows the essence prompt from what did without an increment."""
+        for row, fact in enumerate(active):
+            self.essence.setdefault(fact, essence[row].detach())  # at the first evaluation the increment is zero
+        before = torch.stack([self.essence[fact] for fact in active])
+        return (essence.exp() * (essence - before)).sum(-1)
+
+    def _update(
+        self,
+        places: torch.Tensor,
+        delta: torch.Tensor,
+        gradient: torch.Tensor,
+        steps: torch.Tensor,
+        done: torch.Tensor,
+    ) -> None:
+        """One step of Adam with a step count per fact, then the projection onto the ball; none for those done."""
         beta1, beta2 = ADAM_BETAS
-        mean = self.mean[facts].lerp(gradient, 1 - beta1)
-        square = self.square[facts] * beta2 + (1 - beta2) * gradient.square()
-        self.mean[facts], self.square[facts] = mean, square
-        count = steps[:, None].to(self.dtype)
+        mean = self.mean[places].lerp(gradient, 1 - beta1)
+        square = self.square[places] * beta2 + (1 - beta2) * gradient.square()
+        self.mean[places], self.square[places] = mean, square
+        count = (steps + 1)[:, None].to(self.dtype)
         denominator = (square / (1 - beta2**count)).sqrt() + ADAM_EPS
-        delta = delta - self.settings.lr * (mean / (1 - beta1**count)) / denominator
-        radius = self.settings.max_norm * self.length[facts]
-        norm = delta.norm(dim=-1, keepdim=True)
-        return torch.where(norm > radius, delta * (radius / norm.clamp_min(1e-30)), delta)
+        moved = delta - self.settings.lr * (mean / (1 - beta1**count)) / denominator
+        radius = self.settings.max_norm * self.length[places]
+        norm = moved.norm(dim=-1, keepdim=True)
+        moved = torch.where(norm > radius, moved * (radius / norm.clamp_min(1e-30)), moved)
+        self.delta[places] = torch.where(done[:, None], delta, moved)
+        self.steps[places] = steps + (~done).long()
+
+
+def slots_that_fit(forward: FullForward) -> int:
+    """How many facts to search at once: what half of the free memory holds, by a rough count of what is kept for the
+    backward pass; an estimate that is too high is corrected when memory runs out."""
+    device = forward.base.hidden.device
+    if device.type != "cuda":
+        return SLOTS_ON_CPU
+    rows, base = forward.rows, forward.base
+    suffix = int((rows.lengths - rows.subject).max())
+    reads = int(rows.read_mask.sum()) / len(base.hidden)
+    vocabulary = forward.model.get_output_embeddings().weight.shape[0]
+    wide, size = base.hidden.shape[-1] * 16 + base.keys.shape[-1] * 6, base.hidden.element_size()
+    blocks = len(forward.blocks) - forward.block_index
+    per_fact = rows.rows_per_fact * suffix * blocks * wide * size + reads * vocabulary * (size + 20)
+    free = (
+        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    )
+    return int(max(1, min(MOST_SLOTS, free / 2 / per_fact)))

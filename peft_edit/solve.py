@@ -175,9 +175,7 @@ def solve_delta(
     return Solution(delta, norm, penalty, penalty > floor, factor)
 
 
-def refined_values(
-    values: torch.Tensor, outputs: torch.Tensor, hat: torch.Tensor, rounds: int
-) -> torch.Tensor:
+def refined_values(values: torch.Tensor, outputs: torch.Tensor, hat: torch.Tensor, rounds: int) -> torch.Tensor:
     """Values for new pairs that bring the solved outputs closer to the wanted ones.
 
     A ridge solution writes only a part of each value: `Δ k = v − r`. Adding what is missing to the values and solving

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,18 @@ FORMAT_VERSION = 1
 
 # Keys per input dimension that hold quality (arXiv 2506.04226).
 TOKENS_PER_INPUT = 10
+
+# Batches' worth of tokens that are read before batches are formed.
+READ_AHEAD = 64
+
+# The share of a sequence's row that may be padding where there are texts enough of other lengths.
+MAX_PADDING = 0.1
+
+# Rows of k kᵀ per product. Few rows save more of the half below the diagonal, but a GPU is busy only with many.
+_BLOCK_ROWS = {"cpu": 256}
+_BLOCK_ROWS_ELSEWHERE = 2048
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ def collect_statistics(
     texts: Iterable[Any],
     module_names: Sequence[str],
     max_tokens: int | None = None,
-    batch_size: int = 8,
+    batch_tokens: int = 4096,
     max_length: int = 512,
     source: str = "",
     progress: bool = False,
@@ -191,8 +203,9 @@ def collect_statistics(
         texts (`Iterable`): Strings, mappings with a "text" field (a `datasets.Dataset` is an iterable of such), or
             sequences of token ids.
         module_names (`Sequence[str]`): Modules whose input is the key.
-        max_tokens (`int`, *optional*): Where to stop; by default ten per input dimension of the widest module.
-        batch_size (`int`): Sequences per forward pass.
+        max_tokens (`int`, *optional*): Where to stop, at the end of a sequence; by default after ten tokens per input
+            dimension of the widest module.
+        batch_tokens (`int`): Tokens per forward pass at most, padding included; a longer sequence is run alone.
         max_length (`int`): Tokens per sequence at most; longer texts are cut into several.
         source (`str`): What the text is, stored with the statistics.
         progress (`bool`): Show a progress bar.
@@ -203,41 +216,22 @@ def collect_statistics(
     Raises:
         ValueError: if there is no text, a module does not exist, or a key is not finite.
     """
-    modules = {}
-    for name in module_names:
-        try:
-            modules[name] = model.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"The model has no module '{name}' to collect statistics of.") from error
+    modules = _find_modules(model, module_names)
     length = min(max_length, context_window(model.config) or max_length)
-    device = model.get_input_embeddings().weight.device
-    device = torch.device("cpu") if device.type == "meta" else device
-    sums: dict[str, torch.Tensor] = {}
-    tokens = 0
-    limit = max_tokens
+    widest = max(_key_width(name, module) for name, module in modules.items())
+    limit = TOKENS_PER_INPUT * widest if max_tokens is None else max_tokens
+    sequences = _up_to(_token_sequences(tokenizer, texts, length), limit)
     bar = tqdm(total=limit, desc="Key statistics", unit="tokens", disable=not progress)
     with evaluating(model), torch.no_grad(), bar:
-        for batch in _batches(_token_sequences(tokenizer, texts, length), batch_size):
-            width = max(map(len, batch))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
-            _accumulate(model, modules, ids.to(device), mask.to(device), sums)
-            tokens += int(mask.sum())
-            bar.update(int(mask.sum()))
-            if limit is None:
-                limit = bar.total = TOKENS_PER_INPUT * max(moment.shape[0] for moment in sums.values())
-            if tokens >= limit:
-                break
+        sums, tokens = _sum_products(model, modules, _batches(sequences, batch_tokens), bar)
     if tokens == 0:
         raise ValueError("There is no text to collect key statistics from: every text given is empty.")
-    moments = {}
-    for name in module_names:
-        moments[name] = (sums[name] / tokens).float().cpu()
-        if not bool(moments[name].isfinite().all()):
+    moments = {name: _mean(sums[name], tokens) for name in module_names}
+    for name, moment in moments.items():
+        if not bool(moment.isfinite().all()):
             raise ValueError(
                 f"The keys of '{name}' are not finite numbers: the weights hold NaN or overflow in this dtype."
             )
-    widest = max(moment.shape[0] for moment in moments.values())
     if tokens < widest:
         warnings.warn(
             f"Key statistics from {tokens} tokens for {widest} input dimensions: at least {TOKENS_PER_INPUT * widest} "
@@ -247,22 +241,63 @@ def collect_statistics(
     return KeyStatistics(moments, tokens, source, model_fingerprint(model, module_names))
 
 
-def _accumulate(
+def _find_modules(model: nn.Module, module_names: Sequence[str]) -> dict[str, nn.Module]:
+    modules = {}
+    for name in module_names:
+        try:
+            modules[name] = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"The model has no module '{name}' to collect statistics of.") from error
+    return modules
+
+
+def _key_width(name: str, module: nn.Module) -> int:
+    width = getattr(module, "in_features", None) or getattr(module, "nx", None)
+    if width is None:
+        raise ValueError(f"'{name}' is a {type(module).__name__}: key statistics are of linear modules' inputs.")
+    return int(width)
+
+
+# --- sums over batches -----------------------------------------------------------------------------------------
+
+
+def _sum_products(
+    model: Any, modules: Mapping[str, nn.Module], batches: Iterable[list[list[int]]], bar: tqdm
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The sum of k kᵀ over all tokens of the batches (upper triangles, see `_add_products`), and their number."""
+    device = model.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+    for batch in batches:
+        _add_batch(model, modules, batch, device, sums)
+        count = sum(map(len, batch))
+        tokens += count
+        bar.update(count)
+    return sums, tokens
+
+
+def _add_batch(
     model: Any,
     modules: Mapping[str, nn.Module],
-    ids: torch.Tensor,
-    mask: torch.Tensor,
+    batch: list[list[int]],
+    device: torch.device,
     sums: dict[str, torch.Tensor],
 ) -> None:
     """Adds one batch's k kᵀ to `sums`; the forward pass ends as soon as every module has been seen."""
+    ids, mask = _padded(batch)
+    # Found here and not on the device, where the host would wait for the count.
+    rows = None if bool(mask.all()) else mask.flatten().nonzero().flatten()
     seen: set[str] = set()
 
     def add(name: str, hidden: torch.Tensor) -> None:
-        hidden = hidden.reshape(*ids.shape, hidden.shape[-1])
-        keys = hidden[mask.to(hidden.device).bool()].to(solve_dtype(hidden.device))
+        keys = hidden.reshape(ids.numel(), hidden.shape[-1])
+        if rows is not None:
+            keys = keys.index_select(0, rows.to(keys.device))
         if name not in sums:
-            sums[name] = torch.zeros(keys.shape[1], keys.shape[1], dtype=keys.dtype, device=keys.device)
-        sums[name].addmm_(keys.T, keys)
+            size = keys.shape[1]
+            sums[name] = torch.zeros(size, size, dtype=solve_dtype(keys.device), device=keys.device)
+        _add_products(sums[name], keys)
         seen.add(name)
         if len(seen) == len(modules):
             raise StopForward
@@ -271,12 +306,59 @@ def _accumulate(
         for name, module in modules.items():
             stack.enter_context(on_input(module, partial(add, name)))
         try:
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         except StopForward:
             pass
 
 
-def _token_sequences(tokenizer: Any, texts: Iterable[Any], length: int) -> Iterable[list[int]]:
+def _padded(batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, padded on the right, and the attention mask."""
+    width = max(map(len, batch))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
+    lengths = torch.tensor([len(row) for row in batch])
+    return ids, (torch.arange(width) < lengths[:, None]).long()
+
+
+def _add_products(total: torch.Tensor, keys: torch.Tensor) -> None:
+    """Adds the keys' k kᵀ to the upper triangle of `total`, by blocks of rows; below the diagonal it is undefined."""
+    if keys.dtype in _HALF and not _sums_half_in_float32(keys.device, keys.dtype):
+        keys = keys.float()
+    block = _BLOCK_ROWS.get(keys.device.type, _BLOCK_ROWS_ELSEWHERE)
+    # Under an autocast of the caller the products would be rounded to 16 bit.
+    with torch.autocast(keys.device.type, enabled=False):
+        for start in range(0, keys.shape[1], block):
+            total[start : start + block, start:] += _product(keys[:, start : start + block], keys[:, start:])
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """leftᵀ right, in float32 if they are in 16 bit."""
+    if left.dtype in _HALF:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.T @ right
+
+
+@cache
+def _sums_half_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this dtype there into a float32 result: on CUDA, from torch 2.8."""
+    if device.type != "cuda":
+        return False
+    probe = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
+    except (TypeError, RuntimeError):
+        return False
+
+
+def _mean(total: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The whole mean in float32 on the CPU, from the upper triangle of the sum."""
+    upper = (total / tokens).float().cpu().triu_()
+    return upper + upper.triu(1).T
+
+
+# --- texts to batches ------------------------------------------------------------------------------------------
+
+
+def _token_sequences(tokenizer: Any, texts: Iterable[Any], length: int) -> Iterator[list[int]]:
     for text in texts:
         if isinstance(text, Mapping):
             if "text" not in text:
@@ -292,15 +374,50 @@ def _token_sequences(tokenizer: Any, texts: Iterable[Any], length: int) -> Itera
             yield ids[start : start + length]
 
 
-def _batches(sequences: Iterable[list[int]], size: int) -> Iterable[list[list[int]]]:
-    batch = []
+def _up_to(sequences: Iterable[list[int]], limit: int) -> Iterator[list[int]]:
+    """The first sequences, until they hold `limit` tokens."""
+    tokens = 0
     for sequence in sequences:
-        batch.append(sequence)
-        if len(batch) == size:
+        yield sequence
+        tokens += len(sequence)
+        if tokens >= limit:
+            return
+
+
+def _batches(sequences: Iterable[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+    """Batches of sequences of about the same length, at most `batch_tokens` with the padding.
+
+    Sequences are read ahead and sorted by length, so that hardly anything is padding.
+    """
+    buffer: list[list[int]] = []
+    buffered = 0
+    for sequence in sequences:
+        buffer.append(sequence)
+        buffered += len(sequence)
+        if buffered >= READ_AHEAD * batch_tokens:
+            yield from _batches_by_length(buffer, batch_tokens)
+            buffer, buffered = [], 0
+    yield from _batches_by_length(buffer, batch_tokens)
+
+
+def _batches_by_length(sequences: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+    batch: list[list[int]] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        if batch and not _joins(batch, sequence, batch_tokens):
             yield batch
             batch = []
+        batch.append(sequence)
     if batch:
         yield batch
+
+
+def _joins(batch: list[list[int]], sequence: list[int], batch_tokens: int) -> bool:
+    """Whether the next shorter sequence fits in the batch: by size, and by length once the batch is worth a pass."""
+    width = len(batch[0])
+    size = width * (len(batch) + 1)
+    if size <= batch_tokens // 4:
+        return True
+    return size <= batch_tokens and width - len(sequence) <= MAX_PADDING * width
 
 
 def sample_texts(

@@ -156,7 +156,7 @@ def test_budget_is_never_exceeded(wrap, facts, tmp_path):
     assert model.peft_config["default"].norm_budget is None
 
 
-@pytest.mark.parametrize("stage", ["search_targets", "read_at_subject", "running_solution", "score_targets"])
+@pytest.mark.parametrize("stage", ["search_targets", "SubjectReader", "running_solution", "score_targets"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_batch_is_all_or_nothing(wrap, facts, monkeypatch, stage, error):
     from peft_edit import editing
@@ -169,7 +169,7 @@ def test_a_batch_is_all_or_nothing(wrap, facts, monkeypatch, stage, error):
 
     def failing(*args, **kwargs):
         calls["left"] -= 1
-        if calls["left"] < 0 or stage in ("search_targets", "score_targets"):
+        if calls["left"] < 0 or stage in ("search_targets", "SubjectReader", "score_targets"):
             raise error("in the middle")
         return real(*args, **kwargs)
 

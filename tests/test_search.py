@@ -6,7 +6,7 @@ import torch
 from peft_edit.hooks import evaluating
 from peft_edit.prompts import PromptEncoder, generate_contexts
 from peft_edit.residual import ResidualPath, probe_residual_path
-from peft_edit.search import SearchSettings, search_targets
+from peft_edit.search import SearchSettings, choose_forward, search_targets
 
 from .plain_search import plain_search
 
@@ -24,9 +24,9 @@ def problem(tiny, facts):
     return model, block, block.mlp.down_proj, prompts
 
 
-def search(model, block, module, prompts, settings, **options):
-    path = ResidualPath()
-    return search_targets(model, model.model.layers, BLOCK, module, path, prompts, settings, **options)
+def search(model, block, module, prompts, settings, force_full=False):
+    place = (model, model.model.layers, BLOCK, module, ResidualPath())
+    return search_targets(choose_forward(*place, prompts[0], force_full=force_full), prompts, settings)
 
 
 @pytest.mark.parametrize("early_stopping", ["mpes", "none"])

@@ -1,13 +1,15 @@
 """Key statistics: equal to a plain computation, early stop, files, merging, checks."""
 
 import json
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
 
-from peft_edit import KeyStatistics, collect_statistics
+from peft_edit import KeyStatistics, collect_statistics, statistics
+from peft_edit.hooks import on_input
 from peft_edit.statistics import sample_texts
 
 from .models import build_model
@@ -48,10 +50,91 @@ def test_equals_the_plain_computation_and_ignores_padding(model):
     tokenizer = word_tokenizer()
     lines = [" ".join(texts()[0].split()[:length]) for length in (3, 17, 9, 30, 5)]
     expected, count = plain(model, tokenizer, lines)
-    found = collect_statistics(model, tokenizer, lines, MODULES, batch_size=2, max_tokens=10**6)
+    found = collect_statistics(model, tokenizer, lines, MODULES, batch_tokens=40, max_tokens=10**6)
     assert found.tokens == count
     for name in MODULES:
         assert torch.allclose(found.second_moments[name].double(), expected[name], rtol=1e-5, atol=1e-10)
+
+
+def uneven_texts(seed=0):
+    """Token ids of very different lengths, in no order."""
+    lengths = [1, 90, 2, 47, 100, 3, 1, 61, 12, 100, 5, 29, 7, 80, 2]
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1024, (length,), generator=generator).tolist() for length in lengths]
+
+
+def looped(model, sequences):
+    """Second moments in float64 from one sequence at a time, without any batching."""
+    sums = dict.fromkeys(MODULES, 0.0)
+    for sequence in sequences:
+        seen = {}
+        with ExitStack() as stack, torch.no_grad():
+            for name in MODULES:
+                stack.enter_context(on_input(model.get_submodule(name), partial(seen.__setitem__, name)))
+            model(torch.tensor([sequence]))
+        for name, keys in seen.items():
+            sums[name] = sums[name] + keys[0].double().T @ keys[0].double()
+    return {name: total / sum(map(len, sequences)) for name, total in sums.items()}
+
+
+def relative_error(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 300, 4096])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-6), (torch.bfloat16, 2e-3)]
+)
+def test_equals_a_loop_in_float64_however_it_is_batched(model, dtype, tolerance, batch_tokens):
+    model, sequences = model.to(dtype), uneven_texts()
+    wanted = looped(model, sequences)
+    found = collect_statistics(model, None, sequences, MODULES, batch_tokens=batch_tokens, max_tokens=10**6)
+    assert found.tokens == sum(map(len, sequences))
+    for name in MODULES:
+        assert found.second_moments[name].dtype == torch.float32
+        assert torch.equal(found.second_moments[name], found.second_moments[name].T)
+        # In bfloat16 the model itself rounds differently in batches of different shapes.
+        assert relative_error(found.second_moments[name], wanted[name]) < tolerance
+
+
+def test_products_by_blocks_equal_the_whole(monkeypatch):
+    monkeypatch.setitem(statistics._BLOCK_ROWS, "cpu", 24)
+    keys = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(64, 64, dtype=torch.float64)
+    for part in (keys[:20], keys[20:].bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            statistics._add_products(total, part)
+    rounded = torch.cat([keys[:20], keys[20:].bfloat16().float()]).double()
+    assert relative_error(statistics._mean(total, 50), rounded.T @ rounded / 50) < 1e-6
+
+
+def test_stops_at_the_limit_in_the_order_of_the_texts(model):
+    sequences = uneven_texts()
+    found = collect_statistics(model, None, sequences, MODULES, max_tokens=100, source="a")
+    assert found.tokens == 1 + 90 + 2 + 47
+    wanted = looped(model, sequences[:4])
+    assert all(relative_error(found.second_moments[name], wanted[name]) < 1e-6 for name in MODULES)
+    many = [sequence for seed in range(4) for sequence in uneven_texts(seed)]
+    assert 640 <= collect_statistics(model, None, many, MODULES).tokens < 640 + 100
+
+
+def test_batches_hold_every_sequence_within_the_budget_and_little_padding():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 400, (3000,), generator=generator).tolist()
+    sequences = [[index] * length for index, length in enumerate(lengths)]
+    batches = list(statistics._batches(sequences, 4096))
+    sizes = [len(batch) * max(map(len, batch)) for batch in batches]
+    assert max(sizes) <= 4096
+    assert sorted(sequence for batch in batches for sequence in batch) == sorted(sequences)
+    assert sum(sizes) < 1.02 * sum(lengths)
+    assert list(statistics._batches([[1] * 9, [2]], 4)) == [[[1] * 9], [[2]]]
+
+
+def test_reads_ahead_within_bounds(monkeypatch):
+    monkeypatch.setattr(statistics, "READ_AHEAD", 2)
+    read = []
+    next(statistics._batches((read.append(index) or [index] * 10 for index in range(1000)), 40))
+    assert len(read) == 8
 
 
 def test_runs_no_more_of_the_model_than_needed(model):

@@ -1,0 +1,125 @@
+"""Edits per second, all in: peft-edit against the procedure of the published research scripts.
+
+    python benchmarks/search.py --shape gpt2-small --facts 32 --output search.json
+
+Same model (random weights), facts, contexts, objective, threads and dtype on both sides; key statistics are given.
+`--early-stopping none` runs a fixed number of steps. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder's statistics.py would hide Python's own
+
+import argparse
+import json
+import time
+
+import torch
+from peft import get_peft_model
+
+from benchmarks.published import search_one, write_batch
+from benchmarks.shapes import SHAPES, build, facts_and_tokenizer
+from peft_edit import EditConfig
+from peft_edit.architectures import find_blocks
+from peft_edit.fingerprint import model_fingerprint
+from peft_edit.prompts import PromptEncoder
+from peft_edit.search import SearchSettings
+from peft_edit.statistics import KeyStatistics
+
+
+def plain_statistics(model, layers) -> KeyStatistics:
+    """Second moments of about the right size: this benchmark asks for time, not for locality."""
+    moments = {name: 0.1 * torch.eye(layer.in_features) for name, layer in layers.items()}
+    return KeyStatistics(moments, 1, "identity", model_fingerprint(model, list(layers)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="gpt2-small")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--facts", type=int, default=100, help="facts edited by peft-edit, in one batch")
+    parser.add_argument("--published-facts", type=int, default=6, help="facts edited the published way")
+    parser.add_argument("--early-stopping", choices=["mpes", "none"], default="mpes")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--slots", type=int, nargs="*", default=[32], help="facts searched at once")
+    parser.add_argument("--layers", type=int, nargs="*", default=None, help="edited layers; by default the usual band")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("search.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    facts, tokenizer = facts_and_tokenizer(args.facts)
+    base = build(args.shape, getattr(torch, args.dtype), args.device)
+    places = {} if args.layers is None else {"layers_to_transform": args.layers}
+    config = EditConfig(task_type="CAUSAL_LM", early_stopping=args.early_stopping, search_steps=args.steps, **places)
+    if args.layers is not None:
+        config.target_modules = {"mlp.c_proj" if args.shape.startswith("gpt2") else "mlp.down_proj"}
+    model = get_peft_model(base, config).eval()
+    layers = model.edit_layers()
+    statistics = plain_statistics(model.base_model.model, layers)
+    model.edit_facts(facts[:2], tokenizer, statistics=statistics, progress=False)  # warm-up; makes the contexts
+    contexts = model.peft_config["default"].memory.contexts
+    model.remove_facts(facts[:2])
+
+    rows = []
+    blocks = list(find_blocks(base)[1])
+    place = [int(part) for part in list(layers)[-1].split(".") if part.isdigit()][0]
+    encoder = PromptEncoder(tokenizer, base.get_input_embeddings().num_embeddings)
+    prompts = [encoder.encode_fact(fact, contexts) for fact in facts]
+    settings = SearchSettings(early_stopping=args.early_stopping, steps=args.steps)
+    few = prompts[: args.published_facts]
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    start = time.perf_counter()
+    found = [search_one(base, blocks[place], list(layers.values())[-1], fact, settings) for fact in few]
+    searched = time.perf_counter() - start
+    covariances = [statistics.second_moments[name] for name in layers]
+    targets = torch.stack([target for _, target, _ in found])
+    read = time.perf_counter()
+    write_batch(base, blocks[: place + 1], list(layers.values()), few, targets, covariances, 1000.0)
+    written = time.perf_counter() - read
+    rows.append(
+        {
+            "way": "published",
+            "slots": 1,
+            "facts": len(few),
+            "steps": sum(steps for *_, steps in found) / len(few),
+            "seconds_per_edit": (searched + written) / len(few),
+            "stages": {"search": searched, "keys and solve": written},
+        }
+    )
+    for slots in args.slots:
+        start = time.perf_counter()
+        report = model.edit_facts(facts, tokenizer, batch_size=len(facts), search_slots=slots, progress=False)
+        seconds = time.perf_counter() - start
+        model.remove_facts(facts)
+        rows.append(
+            {
+                "way": "peft-edit",
+                "slots": slots,
+                "facts": len(facts),
+                "steps": sum(fact.steps for fact in report.facts) / len(facts),
+                "steps_of_the_same_facts": sum(fact.steps for fact in report.facts[: len(few)]) / len(few),
+                "seconds_per_edit": seconds / len(facts),
+                "stages": report.seconds,
+            }
+        )
+    for row in rows:
+        row["ratio"] = rows[0]["seconds_per_edit"] / row["seconds_per_edit"]
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["stages"].items())
+        print(
+            f"{row['way']:10s} slots {row['slots']:3d}  {row['steps']:4.1f} steps  {row['seconds_per_edit']:.4f} s/edit  "
+            f"{row['ratio']:5.1f}x  ({stages})",
+            flush=True,
+        )
+    about = {**vars(args), "output": str(args.output), "edited": list(layers)}
+    args.output.write_text(json.dumps({"settings": about, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
