@@ -8,6 +8,7 @@ same mathematics.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,13 +106,13 @@ def write_batch(
     for place, module in enumerate(modules):
         seen: dict[str, torch.Tensor] = {}
         keys, outputs = [], []
-        with on_input(module, lambda hidden: seen.update(keys=hidden)):
+        with on_input(module, partial(seen.__setitem__, "keys")):
             for fact in prompts:
                 ids, mask = padded([row.ids for row in fact.rows], device)
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
                 subject = torch.tensor([row.subject_index for row in fact.rows], device=device)
                 keys.append(seen["keys"][torch.arange(len(ids), device=device), subject].float().mean(0))
-        with on_output(blocks[-1], lambda hidden: seen.update(hidden=hidden)):
+        with on_output(blocks[-1], partial(seen.__setitem__, "hidden")):
             for fact in prompts:
                 ids = torch.tensor([fact.rows[0].ids], device=device)
                 model(input_ids=ids, use_cache=False)

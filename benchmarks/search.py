@@ -113,8 +113,8 @@ def main() -> None:
         row["ratio"] = rows[0]["seconds_per_edit"] / row["seconds_per_edit"]
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["stages"].items())
         print(
-            f"{row['way']:10s} slots {row['slots']:3d}  {row['steps']:4.1f} steps  {row['seconds_per_edit']:.4f} s/edit  "
-            f"{row['ratio']:5.1f}x  ({stages})",
+            f"{row['way']:10s} slots {row['slots']:3d}  {row['steps']:4.1f} steps  "
+            f"{row['seconds_per_edit']:.4f} s/edit  {row['ratio']:5.1f}x  ({stages})",
             flush=True,
         )
     about = {**vars(args), "output": str(args.output), "edited": list(layers)}

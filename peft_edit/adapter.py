@@ -56,6 +56,13 @@ def editable_adapter(tuner: EditModel, adapter_name: str | None) -> str:
     return adapter_name
 
 
+def check_counts(**counts: tuple[Any, int]) -> None:
+    """Raises a ValueError if a count is no whole number, or below its least value; name=(value, least)."""
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}.")
+
+
 @contextmanager
 def transaction(tuner: EditModel, adapter_name: str) -> Iterator[None]:
     """Whatever goes wrong inside, deltas, memory and norm settings are as before."""

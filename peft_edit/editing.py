@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from .architectures import block_index, find_blocks
 from .facts import Fact, FactError
 from .forward import FullForward
 from .hooks import evaluating
+from .lifelong import Run
 from .memory import EditMemory, EditRecord
 from .prompts import FactPrompts, PromptEncoder, context_window, generate_contexts
 from .reading import SubjectReader
@@ -26,6 +28,8 @@ from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
 from .search import SearchResult, SearchSettings, choose_forward, search_targets
 from .statistics import KeyStatistics, collect_statistics, sample_texts
+from .stream import FactStream
+from .workers import Workers
 
 
 if TYPE_CHECKING:
@@ -86,44 +90,73 @@ class FactEditor:
         self.encoder = PromptEncoder(tokenizer, embedding.num_embeddings, context_window(self.model.config))
         self.watch = _Stopwatch()
         self.forward: FullForward | None = None
+        self.workers = Workers.of(self.model)
+        self.device = self.layers[self.last].get_delta(adapter_name).device
+        self.contexts: tuple[str, ...] = ()
+        self.held: dict[tuple[str, str], EditRecord] = {}
+        self._base_norms: dict[str, float] = {}
         self.paths: dict[str, ResidualPath | None] = {}
         self.given_statistics = statistics
         self.settings = SearchSettings(
             early_stopping=self.config.early_stopping,
             extra_steps=self.config.mpes_extra_steps,
             steps=self.config.search_steps,
+            optimizer=self.config.search_optimizer,
             lr=self.config.search_lr,
             weight_decay=self.config.search_weight_decay,
             kl_weight=self.config.search_kl_weight,
             max_norm=self.config.search_max_norm,
+            patience=self.config.patience_steps,
             slots=search_slots,
         )
 
-    def run(self, facts: Sequence[Fact], batch_size: int) -> EditReport:
-        """Edits all facts in batches; see `EditModel.edit_facts`."""
+    def run(self, stream: FactStream, run: Run) -> EditReport:
+        """Edits a stream of facts batch by batch; see `EditModel.edit_facts`."""
         report = EditReport()
         with evaluating(self.model):
             with self.watch("preparation"):
-                memory = self._prepared_memory()
-                self._check_ids(facts, memory)
-                encoded = self._encode(facts, memory.contexts or ())
-            with tqdm(total=len(facts), desc="Editing", unit="facts", disable=not self.progress) as bar:
-                for start in range(0, len(facts), batch_size):
-                    part = slice(start, start + batch_size)
+                self.workers.together(lambda: run.start(self, stream))
+                memory: EditMemory | None = self.workers.together(self._prepared_memory)
+                assert memory is not None
+                self.contexts = memory.contexts or ()
+                self.held = {record.key: record for record in memory.records}
+                batches = self._batches(stream)
+                total = None if stream.left is None else len(stream.left)
+            hidden = not self.progress or not self.workers.is_main
+            with tqdm(total=total, desc="Editing", unit="facts", disable=hidden) as bar:
+                for facts, prompts in batches:
                     with transaction(self.tuner, self.adapter_name):
-                        if start == 0:
+                        if memory is not None:
                             self._adopt(memory)
-                        report.facts += self._edit_batch(facts[part], encoded[part], bar.update)
-                    report.norms.append(
-                        {
-                            name: float(layer.get_delta(self.adapter_name).double().norm()) / layer.base_norm()
-                            for name, layer in self.layers.items()
-                        }
-                    )
+                        reports = self._edit_batch(facts, prompts, bar.update)
+                    memory = None  # the adapter has it now
+                    report.facts += reports
+                    report.norms.append(self._norm_shares())
+                    run.after_batch(self, stream, report, len(reports))
+            run.save(self, stream)
         report.modules = module_reports(self.tuner, self.adapter_name)
         report.seconds = self.watch.seconds
-        report.facts_held = len(self.config.memory)
+        report.facts_held = len(self.config.memory) if self.config.memory is not None else 0
         return report
+
+    def _batches(self, stream: FactStream) -> Iterable[tuple[list[Fact], list[FactPrompts]]]:
+        """Facts and their prompts; all of them are checked at once where they are all known."""
+        if stream.left is None:
+            return ((facts, self._encode(facts)) for facts in stream.batches())
+        self.workers.check_same(repr([(fact.key, fact.target) for fact in stream.left]), "facts")
+        encoded = iter(self._encode(stream.left))
+        return ((facts, list(islice(encoded, len(facts)))) for facts in stream.batches())
+
+    def _norm_shares(self) -> dict[str, float]:
+        return {
+            name: float(layer.get_delta(self.adapter_name).double().norm()) / self._base_norm(name)
+            for name, layer in self.layers.items()
+        }
+
+    def _base_norm(self, name: str) -> float:
+        if name not in self._base_norms:
+            self._base_norms[name] = self.layers[name].base_norm()
+        return self._base_norms[name]
 
     # --- before the first batch ----------------------------------------------------------------------------------
 
@@ -166,21 +199,19 @@ class FactEditor:
             texts = sample_texts(model, self.tokenizer, 10 * widest, seed=self.config.seed)
             return collect_statistics(model, self.tokenizer, texts, list(self.layers), source="sampled from the model")
 
-    def _check_ids(self, facts: Sequence[Fact], memory: EditMemory) -> None:
-        held = {record.id: record for record in memory.records}
+    def _encode(self, facts: Sequence[Fact]) -> list[FactPrompts]:
+        """The facts as token sequences; nothing is edited if one of them cannot be."""
+        ids = {record.id: record for record in self.held.values()}
+        encoded = []
         for index, fact in enumerate(facts):
-            record = held.get(fact.fact_id)
+            record = ids.get(fact.fact_id)
             if record is not None and record.key != fact.key:
                 raise FactError(
                     f"Nothing was edited, fact {index} has the id {fact.fact_id!r}, under which the adapter holds "
                     f"another fact ({record.prompt!r} on {record.subject!r}): choose another id."
                 )
-
-    def _encode(self, facts: Sequence[Fact], contexts: Sequence[str]) -> list[FactPrompts]:
-        encoded = []
-        for index, fact in enumerate(facts):
             try:
-                encoded.append(self.encoder.encode_fact(fact, contexts))
+                encoded.append(self.encoder.encode_fact(fact, self.contexts))
             except FactError as error:
                 raise FactError(f"Nothing was edited, fact {index}: {error}") from None
         return encoded
@@ -204,13 +235,15 @@ class FactEditor:
     def _forward(self, example: FactPrompts) -> FullForward:
         """How the search runs the model; settled with the first fact."""
         if self.forward is None:
+            for name in self.layers:
+                self._path(name, example)
             first = next(iter(self.layers.values()))
             self.forward = choose_forward(
                 self.model,
                 self.blocks,
                 self.block_of[self.last],
                 self.layers[self.last],
-                self._path(self.last, example),
+                self.paths[self.last],
                 example,
                 keys_of=first,
                 force_full=self.full_search,
@@ -220,23 +253,25 @@ class FactEditor:
     # --- one batch -----------------------------------------------------------------------------------------------
 
     def _edit_batch(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], advance: Any) -> list[FactReport]:
-        memory = self.config.memory
-        by_key = {record.key: record for record in memory.records}
-        replaced = [by_key.get(fact.key) for fact in facts]
+        replaced = [self.held.get(fact.key) for fact in facts]
         outdated = {record.id for record in replaced if record is not None}
         if outdated:
             with self.watch("solve"):
-                solve_all(self.tuner, self.adapter_name, memory.without(outdated))
-            memory = self.config.memory
+                solve_all(self.tuner, self.adapter_name, self.config.memory.without(outdated))
         with self.watch("search"):
-            found = search_targets(self._forward(prompts[0]), prompts, self.settings, on_finished=advance)
+            found = self._search(prompts, advance)
         written = self._usable(facts, found)
-        if any(written):
-            kept = [index for index, good in enumerate(written) if good]
-            self._write(memory, [facts[i] for i in kept], [prompts[i] for i in kept], found, kept)
+        kept = [index for index, good in enumerate(written) if good]
+        records: list[EditRecord] = []
+        if kept:
+            records = self._write([facts[i] for i in kept], [prompts[i] for i in kept], found.of(kept))
         with self.watch("check"):
-            pairs = [(row.ids[: row.prompt_length], row.target_ids) for row in (fact.rows[0] for fact in prompts)]
-            scores = score_targets(self.model, pairs)
+            bare = [fact.rows[0] for fact in prompts]
+            log_probability, greedy = self.score([(row.ids[: row.prompt_length], row.target_ids) for row in bare])
+        for record in replaced:
+            if record is not None:
+                del self.held[record.key]
+        self.held |= {record.key: record for record in records}
         return [
             FactReport(
                 id=fact.fact_id,
@@ -247,12 +282,29 @@ class FactEditor:
                 converged=bool(found.converged[index]),
                 steps=int(found.steps[index]),
                 search_probability=float(found.probability[index]),
-                probability=float(scores.log_probability[index].exp()),
-                recalled=bool(scores.greedy[index]),
+                probability=float(log_probability[index].exp()),
+                recalled=bool(greedy[index]),
                 replaced=None if (old := replaced[index]) is None else old.target,
             )
             for index, fact in enumerate(facts)
         ]
+
+    def _search(self, prompts: Sequence[FactPrompts], advance: Any) -> SearchResult:
+        def search(own: list[int]) -> Sequence[torch.Tensor]:
+            chosen = [prompts[place] for place in own]
+            return search_targets(self._forward(chosen[0]), chosen, self.settings, on_finished=advance).tensors()
+
+        return SearchResult(*(tensor.to(self.device) for tensor in self.workers.rows(len(prompts), search)))
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability (P,) of targets after prompts, and whether they are the greedy completion (P,)."""
+
+        def score(own: list[int]) -> Sequence[torch.Tensor]:
+            scores = score_targets(self.model, [pairs[place] for place in own])
+            return scores.log_probability, scores.greedy
+
+        log_probability, greedy = self.workers.rows(len(pairs), score)
+        return log_probability, greedy
 
     def _usable(self, facts: Sequence[Fact], found: SearchResult) -> list[bool]:
         failed = [bool(flag) for flag in found.failed]
@@ -272,35 +324,18 @@ class FactEditor:
             warnings.warn(message + " They were not written.", stacklevel=2)
         return [not flag for flag in failed]
 
-    def _write(
-        self,
-        memory: EditMemory,
-        facts: Sequence[Fact],
-        prompts: Sequence[FactPrompts],
-        found: SearchResult,
-        kept: Sequence[int],
-    ) -> None:
+    def _write(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], found: SearchResult) -> list[EditRecord]:
         """Spreads the wanted change over the edited layers as MEMIT does (arXiv 2210.07229, algorithm 1)."""
-        place = torch.tensor(kept, device=found.targets.device)
-        targets = found.targets[place]
-        reader = SubjectReader(self.model, self.blocks, [fact.rows for fact in prompts])
+        memory = self.config.memory
+        own = self.workers.share(len(facts))
+        reader = SubjectReader(self.model, self.blocks, [prompts[place].rows for place in own]) if own else None
         pairs, solutions = {}, {}
         for index, (name, layer) in enumerate(self.layers.items()):
-            block = self.block_of[name]
             with self.watch("keys"):
-                # Below the first edited module nothing has changed since the search.
-                row_keys = found.keys[place.to(found.keys.device)] if index == 0 else reader.keys(layer, block)
-                if len(self.layers) == 1:
-                    increments = found.increments[place]
-                else:
-                    path: Any = self._path(name, prompts[0])
-                    output, hidden = reader.outputs(layer, block, self.block_of[self.last])
-                    residual = (targets - hidden.to(targets)) / (len(self.layers) - index)
-                    with torch.no_grad():
-                        increments = path.pull(output.to(residual), residual.to(output.device))
+                row_keys, increments = self._wanted(index, len(facts), reader, found)
                 delta = layer.get_delta(self.adapter_name)
                 kept_dtype = row_keys.dtype if row_keys.dtype.itemsize == 2 else delta.dtype
-                keys = _fact_keys(row_keys.to(targets.dtype)).to(delta.device, kept_dtype)
+                keys = _fact_keys(row_keys.to(found.targets.dtype)).to(delta.device, kept_dtype)
                 values = (keys.to(delta) @ delta.T + increments.to(delta)).to(kept_dtype)
             with self.watch("solve"):
                 known = running_solution(self.tuner, self.adapter_name, name, memory)
@@ -313,6 +348,37 @@ class FactEditor:
             for fact in facts
         ]
         self.config.memory = memory.append(records, pairs, solutions)
+        return records
+
+    def _wanted(
+        self, index: int, count: int, reader: SubjectReader | None, found: SearchResult
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (n, rows, d_in) of an edited module at the subjects, and the wanted change (n, d_model) of its output.
+
+        Args:
+            index (`int`): Which edited module, counted from 0.
+            count (`int`): Facts.
+            reader (`SubjectReader`, *optional*): Of this process's share of them.
+            found (`SearchResult`): Of all of them.
+        """
+        if len(self.layers) == 1:
+            return found.keys, found.increments
+        name, layer = list(self.layers.items())[index]
+        block = self.block_of[name]
+
+        def read(own: list[int]) -> Sequence[torch.Tensor]:
+            path = self.paths[name]
+            assert reader is not None and path is not None
+            # Below the first edited module nothing has changed since the search.
+            row_keys = found.keys[own] if index == 0 else reader.keys(layer, block)
+            output, hidden = reader.outputs(layer, block, self.block_of[self.last])
+            residual = (found.targets[own] - hidden.to(found.targets)) / (len(self.layers) - index)
+            with torch.no_grad():
+                increments = path.pull(output.to(residual), residual.to(output.device))
+            return row_keys, increments
+
+        row_keys, increments = self.workers.rows(count, read)
+        return row_keys, increments
 
 
 def _fact_keys(row_keys: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ head at the positions that are read, and nowhere else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +20,15 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .hooks import StopForward, like_output, on_input, on_output, replaced_forward
-from .prefix import Prefix
+from .prefix import Prefix, joined
 from .prompts import FactPrompts
 from .residual import ResidualPath
 
 
-PREPARED_AT_ONCE = 64  # facts
+# Tokens of padding that cost no more than another pass through the blocks.
+SPARE_TOKENS = 128
+SPARE_TOKENS_ON_GPU = 1024
+MOST_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,29 @@ class SearchRows:
         return (facts[:, None] * self.rows_per_fact + steps).reshape(-1)
 
 
-def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+def width_buckets(lengths: Sequence[int], spare: int, most: int = MOST_ROWS) -> list[list[int]]:
+    """Groups sequences of similar length, so that padding each group to its longest wastes little.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each sequence.
+        spare (`int`): Tokens of padding that are cheaper than one more pass.
+        most (`int`): Sequences in one group at most.
+
+    Returns:
+        `list[list[int]]`: places in `lengths`, each in one group; longest first.
+    """
+    buckets: list[list[int]] = []
+    padding = width = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        padding += width - lengths[place]
+        if not buckets or padding > spare or len(buckets[-1]) == most:
+            buckets.append([])
+            padding, width = 0, lengths[place]
+        buckets[-1].append(place)
+    return buckets
+
+
+def _common_length(sequences: Sequence[tuple[int, ...]]) -> int:
     """Length of the longest common beginning."""
     first, last = min(sequences), max(sequences)
     return next((i for i, (one, other) in enumerate(zip(first, last)) if one != other), min(len(first), len(last)))
@@ -119,29 +144,42 @@ class BaseStates:
     keys: torch.Tensor
 
 
-@dataclass
-class View:
-    """The rows of the facts that are being searched at the moment, in the form that the forward pass takes.
+@dataclass(frozen=True)
+class Part:
+    """Rows of one view that are run together, being of similar length.
 
     Args:
-        facts (`torch.LongTensor`): (A,).
-        row_facts (`torch.LongTensor`): (A * R,) the place among `facts` that each row belongs to.
+        row_slots (`torch.LongTensor`): (n,) the place in the view of each row's fact.
         read_rows (`torch.LongTensor`), read_columns (`torch.LongTensor`): (M,) hidden states that reach the head:
-            first those that predict a target token, then one per essence row.
-        target_rows (`torch.LongTensor`): (M - A,) the row of each target token.
-        labels (`torch.LongTensor`): (M - A,) the target tokens.
-        tokens (`torch.LongTensor`): (A * R,) target tokens of each row.
+            first those that predict a target token, then those after an essence prompt.
+        target_rows (`torch.LongTensor`): (targets,) the row in the view, of A * R, of each target token.
+        labels (`torch.LongTensor`): (targets,) the target tokens.
+        essence_slots (`list[int]`): (M - targets,) the place in the view of the fact of each essence row.
         state: What the forward pass needs besides.
     """
 
-    facts: torch.Tensor
-    row_facts: torch.Tensor
+    row_slots: torch.Tensor
     read_rows: torch.Tensor
     read_columns: torch.Tensor
     target_rows: torch.Tensor
     labels: torch.Tensor
-    tokens: torch.Tensor
+    essence_slots: list[int]
     state: Any
+
+
+@dataclass(frozen=True)
+class View:
+    """The rows of the A facts that are being searched at the moment, in the form that the forward pass takes.
+
+    Args:
+        facts (`torch.LongTensor`): (A,).
+        tokens (`torch.LongTensor`): (A * R,) target tokens of each row.
+        parts (`list[Part]`): The rows.
+    """
+
+    facts: torch.Tensor
+    tokens: torch.Tensor
+    parts: list[Part]
 
 
 class FullForward:
@@ -180,31 +218,48 @@ class FullForward:
     def prepare(self, rows: SearchRows) -> BaseStates:
         """Runs the rows once, without gradient, and keeps what the search reads."""
         self.rows = rows
-        count = rows.read_mask.shape[0]
-        pieces: list[tuple[torch.Tensor, ...]] = []
-        start, chunk = 0, PREPARED_AT_ONCE
-        while start < count:
-            facts = torch.arange(start, min(start + chunk, count), device=rows.ids.device)
-            try:
-                with torch.no_grad():
-                    pieces.append(self._prepare_chunk(facts))
-            except torch.OutOfMemoryError:
-                if chunk == 1:
-                    raise
-                chunk = max(1, chunk // 2)
-                continue
-            start += len(facts)
-        self.base = BaseStates(*(torch.cat(parts) for parts in zip(*(piece[:3] for piece in pieces))))
-        self._keep([piece[3:] for piece in pieces])
+        every = torch.arange(len(rows.ids), device=rows.ids.device)
+        with torch.no_grad():
+            states = self._in_buckets(rows.lengths, every, self._base_states)
+        return self._keep_base(states)
+
+    def _keep_base(self, states: Sequence[torch.Tensor]) -> BaseStates:
+        hidden, output, keys = states
+        rows = self.rows.rows_per_fact
+        self.base = BaseStates(hidden[::rows], output[::rows], keys.unflatten(0, (-1, rows))[:, :-1])
         return self.base
 
-    def _prepare_chunk(self, facts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rows = self.rows
-        index = rows.of_facts(facts)
-        ids, mask = rows.ids[index], self._mask(rows.lengths[index])
+    def _in_buckets(
+        self, lengths: torch.Tensor, index: torch.Tensor, run: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """What `run` makes of the rows, in few passes with little padding, in the order of `index`."""
+        buckets = width_buckets(lengths[index].tolist(), self._spare_tokens())
+        pieces: list[Sequence[torch.Tensor]] = []
+        order: list[int] = []
+        while buckets:
+            bucket = buckets.pop()
+            try:
+                pieces.append(run(index[torch.tensor(bucket, device=index.device)]))
+                order += bucket
+            except torch.OutOfMemoryError:
+                if len(bucket) == 1:
+                    raise
+                buckets += [bucket[len(bucket) // 2 :], bucket[: len(bucket) // 2]]
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return [joined(parts)[back.to(parts[0].device)] for parts in zip(*pieces)]
+
+    def _spare_tokens(self) -> int:
+        return SPARE_TOKENS_ON_GPU if self.rows.ids.device.type == "cuda" else SPARE_TOKENS
+
+    def _base_states(self, index: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Output of the edited block and module, and the first module's input, at the subject of each row."""
+        mask = self._mask(self.rows.lengths[index])
         with self._reading() as seen:
-            self._run(ids[:, : mask.shape[1]], mask)
-        return self._base_states(seen, rows.subject[index], len(facts))
+            self._run(self.rows.ids[index, : mask.shape[1]], mask)
+        shape = seen["block"].shape[:2]
+        rows, subject = torch.arange(len(index), device=index.device), self.rows.subject[index]
+        return [_at(seen[name].reshape(*shape, -1), rows, subject) for name in ("block", "module", "keys")]
 
     @contextmanager
     def _reading(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -227,73 +282,71 @@ class FullForward:
             except StopForward:
                 pass
 
-    def _base_states(
-        self, seen: dict[str, torch.Tensor], columns: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, ...]:
-        shape = seen["block"].shape[:2]
-        every = torch.arange(len(columns), device=columns.device)
-        bare, rows_per_fact = every[:: self.rows.rows_per_fact], self.rows.rows_per_fact
-        keys = _at(seen["keys"].reshape(*shape, -1), every, columns)
-        return (
-            _at(seen["block"], bare, columns[bare]),
-            _at(seen["module"].reshape(*shape, -1), bare, columns[bare]),
-            keys.reshape(count, rows_per_fact, -1)[:, :-1],
-        )
-
-    def _keep(self, pieces: list[tuple[torch.Tensor, ...]]) -> None:
-        """What else this way of running needs from the first pass: nothing."""
-
     # --- during the search -------------------------------------------------------------------------------------
 
-    def view(self, facts: torch.Tensor) -> View:
-        """Gathers the rows of the given facts, (A,)."""
+    def view(self, facts: torch.Tensor, whole: bool = False) -> View:
+        """Gathers the rows of the given facts, (A,); `whole`: all of them in one part."""
         rows = self.rows
         index = rows.of_facts(facts)
-        labels = rows.labels[facts].flatten(0, 1)
-        target_rows, places = (labels >= 0).nonzero(as_tuple=True)
-        essence_rows = torch.arange(rows.rows_per_fact - 1, len(index), rows.rows_per_fact, device=index.device)
+        lengths = self._run_lengths(index).tolist()
+        buckets = [list(range(len(index)))] if whole else width_buckets(lengths, self._spare_tokens())
+        parts = [self._part(index, torch.tensor(bucket, device=index.device)) for bucket in buckets]
+        return View(facts=facts, tokens=(rows.labels[facts] >= 0).sum(-1).flatten(), parts=parts)
+
+    def _part(self, index: torch.Tensor, places: torch.Tensor) -> Part:
+        """The rows at some places of a view, whose rows are `index` (A * R,)."""
+        rows = self.rows
+        chosen = index[places]
+        facts, row = chosen // rows.rows_per_fact, chosen % rows.rows_per_fact
+        labels, positions = rows.labels[facts, row], rows.read_positions[facts, row]
+        target_rows, which = (labels >= 0).nonzero(as_tuple=True)
+        (essence_rows,) = (row == rows.rows_per_fact - 1).nonzero(as_tuple=True)
         read_rows = torch.cat([target_rows, essence_rows])
-        positions = rows.read_positions[facts].flatten(0, 1)
-        columns = torch.cat([positions[target_rows, places], positions[essence_rows, 0]])
-        state, shift = self._gather(index)
-        return View(
-            facts=facts,
-            row_facts=torch.arange(len(facts), device=facts.device).repeat_interleave(rows.rows_per_fact),
+        columns = torch.cat([positions[target_rows, which], positions[essence_rows, 0]])
+        state, shift = self._gather(chosen)
+        slots = places // rows.rows_per_fact
+        return Part(
+            row_slots=slots,
             read_rows=read_rows,
             read_columns=columns - shift[read_rows],
-            target_rows=target_rows,
-            labels=labels[target_rows, places],
-            tokens=(labels >= 0).sum(1),
+            target_rows=places[target_rows],
+            labels=labels[target_rows, which],
+            essence_slots=slots[essence_rows].tolist(),
             state=state,
         )
 
+    def _run_lengths(self, index: torch.Tensor) -> torch.Tensor:
+        """How many tokens of each row are run in a step of the search."""
+        return self.rows.lengths[index]
+
     def _gather(self, index: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """What a part needs of its rows, and how far columns are shifted against positions."""
         width = int(self.rows.lengths[index].max())
         state = (self.rows.ids[index, :width], self.rows.lengths[index], self.rows.subject[index])
         return state, torch.zeros_like(index)
 
-    def logits(self, view: View, increment: torch.Tensor) -> torch.Tensor:
+    def logits(self, part: Part, increment: torch.Tensor) -> torch.Tensor:
         """Logits at the read positions.
 
         Args:
-            view: The rows.
+            part: The rows.
             increment (`torch.Tensor`): (A, d_model), added to the module's output at every row's subject.
 
         Returns:
             `torch.Tensor`: (M, vocabulary), in the model's dtype.
         """
-        ids, lengths, subject = view.state
+        ids, lengths, subject = part.state
         place = torch.arange(len(ids), device=ids.device)
 
         def add(hidden: torch.Tensor) -> torch.Tensor:
             shape = hidden.shape
             hidden = hidden.reshape(*ids.shape, shape[-1])
-            added = increment.to(hidden)[view.row_facts.to(hidden.device)]
+            added = increment.to(hidden)[part.row_slots.to(hidden.device)]
             return hidden.index_put(
                 (place.to(hidden.device), subject.to(hidden.device)), added, accumulate=True
             ).reshape(shape)
 
-        with on_output(self.module, add), self._head_at(view):
+        with on_output(self.module, add), self._head_at(part):
             return self._run(ids, self._mask(lengths))
 
     # --- shared ------------------------------------------------------------------------------------------------
@@ -317,11 +370,11 @@ class FullForward:
             arguments["past_key_values"] = cache
         return self.model(**arguments).logits[0]
 
-    def _head_at(self, view: View) -> AbstractContextManager[None]:
+    def _head_at(self, part: Part) -> AbstractContextManager[None]:
         """The output head is applied at the read positions only: logits are (1, M, vocabulary)."""
 
         def gather(hidden: torch.Tensor) -> torch.Tensor:
-            return hidden[view.read_rows.to(hidden.device), view.read_columns.to(hidden.device)][None]
+            return hidden[part.read_rows.to(hidden.device), part.read_columns.to(hidden.device)][None]
 
         return on_input(self.model.get_output_embeddings(), gather)
 
@@ -331,73 +384,83 @@ class SplitForward(FullForward):
 
     def prepare(self, rows: SearchRows) -> BaseStates:
         """As `FullForward.prepare`; what is before the subject and equal in all facts is run once."""
+        self.rows = rows
+        every = torch.arange(len(rows.ids), device=rows.ids.device)
         handle = self.blocks[self.block_index].register_forward_hook(self._learn_output_form)
         try:
-            self.rows = rows
             with torch.no_grad():
-                self._shared = self._run_prefix(rows.ids, rows.shared, None)
-            return super().prepare(rows)
+                shared = self._run_prefix(rows.ids[: rows.rows_per_fact], rows.shared, None)
+
+                def own(index: torch.Tensor) -> Sequence[torch.Tensor]:
+                    before = shared.rows(index % rows.rows_per_fact)
+                    prefix = self._run_prefix(rows.ids[index], rows.subject[index], before)
+                    return (prefix.mask, *prefix.states)
+
+                shared_lengths = rows.shared.repeat(len(every) // rows.rows_per_fact)
+                mask, *states = self._in_buckets(rows.subject - shared_lengths, every, own)
+                self.prefix = Prefix(mask, states)
+                *base, self.hidden, self.module_output = self._in_buckets(
+                    rows.lengths - rows.subject, every, self._suffix_states
+                )
         finally:
             handle.remove()
+        self.prefix = self.prefix.above(self.block_index)
+        return self._keep_base(base)
+
+    def _suffix_states(self, index: torch.Tensor) -> Sequence[torch.Tensor]:
+        ids, mask, positions, prefix = self._suffix(index)
+        with self._reading() as seen:
+            self._run(ids, mask, positions, prefix.cache())
+        hidden = seen["block"]
+        output, keys = (seen[name].reshape(*hidden.shape[:2], -1)[:, 0] for name in ("module", "keys"))
+        return [hidden[:, 0], output, keys, hidden, output]
+
+    def _suffix(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Prefix]:
+        """Ids, mask (with that of the prefix) and positions from the subject's last token on, and the prefix."""
+        subject, lengths = self.rows.subject[index], self.rows.lengths[index]
+        ids, positions, mask = _window(self.rows.ids[index], subject, lengths, int((lengths - subject).max()))
+        prefix = self.prefix.rows(index).trimmed()
+        return ids, torch.cat([prefix.mask, mask], dim=1).long(), positions, prefix
 
     def _learn_output_form(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._output_form = (None,) * len(output) if isinstance(output, tuple) else None
 
     def _run_prefix(self, ids: torch.Tensor, until: torch.Tensor, before: Prefix | None) -> Prefix:
-        """Keys and values of every block for the tokens of `ids` (n, T) that come after `before`, up to `until` (n,)."""
+        """Keys and values of every block for the tokens of `ids` (n, T) up to `until` (n,), going on from `before`."""
         start = before.lengths if before is not None else torch.zeros_like(until)
         width = int((until - start).max())
-        if width == 0:
-            return before if before is not None else Prefix.empty(len(until), until.device)
-        ids, positions, mask = _window(ids, start, until, width)
+        if before is not None and width == 0:
+            return before
+        ids, positions, own = _window(ids, start, until, max(1, width))
+        whole = own if before is None else torch.cat([before.mask, own], dim=1)
+        # A row without any token yet still needs one to attend to, or it would not be finite.
+        visible = whole.clone()
+        visible[:, -own.shape[1]] |= ~whole.any(1)
         cache = before.cache() if before is not None else DynamicCache()
-        whole = mask if before is None else torch.cat([before.mask, mask], dim=1)
 
         def stop(_hidden: torch.Tensor) -> None:
             raise StopForward
 
         with on_output(self.blocks[-1], stop):
             try:
-                self._run(ids, whole.long(), positions, cache)
+                self._run(ids, visible.long(), positions, cache)
             except StopForward:
                 pass
         return Prefix.of(cache, whole)
 
-    def _prepare_chunk(self, facts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rows = self.rows
-        index = rows.of_facts(facts)
-        subject, lengths = rows.subject[index], rows.lengths[index]
-        shared = self._shared.rows(torch.arange(rows.rows_per_fact, device=facts.device).repeat(len(facts)))
-        prefix = self._run_prefix(rows.ids[index], subject, shared)
-        ids, positions, mask = _window(rows.ids[index], subject, lengths, int((lengths - subject).max()))
-        with self._reading() as seen:
-            self._run(ids, torch.cat([prefix.mask, mask], dim=1).long(), positions, prefix.cache())
-        prefix = prefix.above(self.block_index)
-        output = seen["module"].reshape(seen["block"].shape)[:, 0]
-        base = self._base_states(seen, torch.zeros_like(subject), len(facts))
-        return (*base, prefix.mask, seen["block"], output, *prefix.states)
-
-    def _keep(self, pieces: list[tuple[torch.Tensor, ...]]) -> None:
-        # Chunks were padded to their own longest prefix and suffix; bring them to one size.
-        width = max(piece[1].shape[1] for piece in pieces)
-        self.hidden = torch.cat([_grow(piece[1], width) for piece in pieces])
-        self.module_output = torch.cat([piece[2] for piece in pieces])
-        self.prefix = Prefix.joined([Prefix(piece[0], piece[3:]) for piece in pieces])
+    def _run_lengths(self, index: torch.Tensor) -> torch.Tensor:
+        return self.rows.lengths[index] - self.rows.subject[index]
 
     def _gather(self, index: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        rows = self.rows
-        subject, lengths = rows.subject[index], rows.lengths[index]
-        suffix = int((lengths - subject).max())
-        ids, positions, mask = _window(rows.ids[index], subject, lengths, suffix)
-        prefix = self.prefix.rows(index).trimmed()
-        mask = torch.cat([prefix.mask, mask], dim=1).long()
-        hidden = self.hidden[index.to(self.hidden.device), :suffix]
-        return (ids, mask, positions, hidden, self.module_output[index.to(hidden.device)], prefix), subject
+        ids, mask, positions, prefix = self._suffix(index)
+        hidden = self.hidden[index.to(self.hidden.device), : ids.shape[1]]
+        output = self.module_output[index.to(hidden.device)]
+        return (ids, mask, positions, hidden, output, prefix), self.rows.subject[index]
 
-    def logits(self, view: View, increment: torch.Tensor) -> torch.Tensor:
-        ids, mask, positions, hidden, module_output, prefix = view.state
+    def logits(self, part: Part, increment: torch.Tensor) -> torch.Tensor:
+        ids, mask, positions, hidden, module_output, prefix = part.state
         assert self.path is not None
-        added = increment.to(module_output.device)[view.row_facts.to(module_output.device)]
+        added = increment.to(module_output.device)[part.row_slots.to(module_output.device)]
         change = self.path.push(module_output, added.to(module_output)).to(hidden)
         moved = torch.cat([hidden[:, :1] + change[:, None], hidden[:, 1:]], dim=1)
         with ExitStack() as stack:
@@ -406,7 +469,7 @@ class SplitForward(FullForward):
             stack.enter_context(
                 replaced_forward(self.blocks[self.block_index], lambda *_, **__: self._as_block(moved))
             )
-            stack.enter_context(self._head_at(view))
+            stack.enter_context(self._head_at(part))
             return self._run(ids, mask, positions, prefix.cache(blocks_below=self.block_index + 1))
 
     def _pass_through(self, *args: Any, **kwargs: Any) -> Any:
@@ -427,8 +490,3 @@ def _window(
 
 def _at(hidden: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return hidden[rows.to(hidden.device), columns.to(hidden.device)]
-
-
-def _grow(tensor: torch.Tensor, width: int) -> torch.Tensor:
-    """Pads (n, w, d) with zeros to (n, width, d)."""
-    return nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[1]))

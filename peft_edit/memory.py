@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .facts import fill
 from .files import replace_file
 from .running import Penalties, RunningSolution
 from .solve import NormalEquations, solve_dtype
@@ -59,6 +60,11 @@ class EditRecord:
     def key(self) -> tuple[str, str]:
         """Subject and prompt without outer white space, as in `Fact.key`."""
         return self.subject.strip(), self.prompt.strip()
+
+    @property
+    def filled_prompt(self) -> str:
+        """The prompt with the subject in place."""
+        return fill(self.prompt, self.subject)
 
 
 @dataclass(frozen=True)
@@ -197,9 +203,9 @@ class EditMemory:
         dropped = int((~keep).sum())
         if not dropped:
             return self
-        empty = {"_solutions": {}, "_equations": {}, "_marks": {}}
+        unsolved = replace(self, _solutions={}, _equations={}, _marks={}, _downdated=False)
         if dropped == len(keep):
-            return replace(self, records=(), pairs={}, _downdated=False, **empty)
+            return replace(unsolved, records=(), pairs={})
         downdated = {}
         if 2 * dropped <= len(keep):  # cheaper than building them again
             for name, known in self._solutions.items():
@@ -213,9 +219,7 @@ class EditMemory:
             for name in self.pairs
         }
         records = tuple(record for record, kept in zip(self.records, keep.tolist()) if kept)
-        return replace(
-            self, records=records, pairs=pairs, **{**empty, "_equations": downdated, "_downdated": bool(downdated)}
-        )
+        return replace(unsolved, records=records, pairs=pairs, _equations=downdated, _downdated=bool(downdated))
 
     def _with_rows(self, rows: torch.Tensor, module: str) -> Iterator[tuple[torch.Tensor, Pairs]]:
         """Each batch of a module with its part of `rows`."""

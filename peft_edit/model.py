@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -15,7 +16,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapter import base_model, editable_adapter, find_records, solve_all, transaction
+from .adapter import base_model, check_counts, editable_adapter, find_records, solve_all, transaction
 from .architectures import (
     TARGET_MODULES,
     block_index,
@@ -26,12 +27,14 @@ from .architectures import (
 )
 from .config import EditConfig
 from .editing import FactEditor
-from .facts import Fact, FactError, FactLike, as_facts
+from .facts import Fact, FactLike
 from .layer import EditLayer, EditLinear
+from .lifelong import Run, Tracker
 from .loading import check_adapter_weights
 from .memory import EditMemory, EditRecord
 from .report import EditReport
 from .statistics import KeyStatistics, collect_statistics
+from .stream import FactStream
 
 
 class EditModel(BaseTuner):
@@ -263,15 +266,23 @@ class EditModel(BaseTuner):
         adapter_name: str | None = None,
         strict: bool = False,
         progress: bool = True,
-        search_slots: int = 32,
+        search_slots: int = 0,
         full_search: bool = False,
+        output_dir: str | os.PathLike | None = None,
+        save_steps: int = 1,
+        resume_from_checkpoint: bool = False,
+        tracker: Tracker | None = None,
+        probes: int = 0,
     ) -> EditReport:
         """Writes facts into the adapter, after all those that it holds already.
 
-        Every batch is a transaction: whatever is raised, model and memory are as they were before the batch.
+        Every batch is a transaction: whatever is raised, model and memory are as they were before the batch. Under
+        `accelerate launch` each process searches its share of every batch, and all end with the same adapter.
 
         Args:
-            facts: `Fact` objects, mappings, an iterable of either, or the path of a JSONL file; see `as_facts`.
+            facts: `Fact` objects, mappings, an iterable of either, or the path of a JSONL file; see `as_facts`. What
+                has a length is checked whole before the first batch; a stream (a generator, a
+                `datasets.IterableDataset`) is read and checked batch by batch.
             tokenizer: The model's (fast) tokenizer.
             batch_size (`int`): Facts that are solved for together.
             statistics (`KeyStatistics`, *optional*): Key statistics of this model; kept with the adapter from then on.
@@ -279,24 +290,27 @@ class EditModel(BaseTuner):
             adapter_name (`str`, *optional*): The adapter to edit; by default the active one.
             strict (`bool`): Raise when the search of a fact diverges, instead of reporting the fact as not written.
             progress (`bool`): Show a progress bar with facts/s.
-            search_slots (`int`): Facts whose targets are searched at the same time.
+            search_slots (`int`): Facts whose targets are searched at the same time; 0 for as many as memory allows.
             full_search (`bool`): Run the search on whole sequences; for comparison.
+            output_dir (`str`, *optional*): Directory for checkpoints; each is a loadable adapter.
+            save_steps (`int`): Batches between two checkpoints.
+            resume_from_checkpoint (`bool`): Go on from the newest checkpoint in `output_dir`, if there is one, with
+                the same facts from their beginning; the adapter ends as if the run had never stopped.
+            tracker (*optional*): Takes a log after each batch: an `accelerate.Accelerator` after `init_trackers`, or
+                anything with `log(values, step=...)`.
+            probes (`int`): With a tracker, facts written earlier that are asked again after each batch.
 
         Returns:
-            `EditReport`: What happened to each fact and each module.
+            `EditReport`: What happened to each fact (of this call) and each module.
 
         Raises:
-            FactError: if a fact is malformed or contradicts another of the same call; nothing is changed.
+            FactError: if a fact is malformed or contradicts another of the same call; nothing is changed (of a stream:
+                nothing of that batch).
             ValueError, RuntimeError: if the adapter cannot be edited, or tokenizer, statistics or weights do not fit.
         """
         name = editable_adapter(self, adapter_name)
-        if not isinstance(batch_size, int) or batch_size < 1 or not isinstance(search_slots, int) or search_slots < 1:
-            raise ValueError(
-                f"batch_size and search_slots must be whole numbers >= 1, got {batch_size!r}, {search_slots!r}."
-            )
-        checked = as_facts(facts)
-        if not checked:
-            raise FactError("There are no facts to edit.")
+        check_counts(batch_size=(batch_size, 1), search_slots=(search_slots, 0), save_steps=(save_steps, 1))
+        stream = FactStream(facts, batch_size)
         self.peft_config[name].check_values()
         editor = FactEditor(
             self,
@@ -308,7 +322,7 @@ class EditModel(BaseTuner):
             strict=strict,
             progress=progress,
         )
-        return editor.run(checked, batch_size)
+        return editor.run(stream, Run(output_dir, save_steps, resume_from_checkpoint, tracker, probes))
 
     def edited_facts(self, adapter_name: str | None = None) -> list[EditRecord]:
         """The facts that the adapter holds, oldest first."""

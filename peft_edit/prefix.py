@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache
 
 
@@ -22,11 +23,6 @@ class Prefix:
     states: Sequence[torch.Tensor]
 
     @classmethod
-    def empty(cls, count: int, device: torch.device) -> Prefix:
-        """Sequences without a token."""
-        return cls(torch.zeros(count, 0, dtype=torch.bool, device=device), ())
-
-    @classmethod
     def of(cls, cache: DynamicCache, mask: torch.Tensor) -> Prefix:
         """What a forward pass has left in `cache`; `mask` (n, P) says which of it is real."""
         order = mask.long().sort(dim=1, stable=True).indices  # what is missing first, the rest as it was
@@ -39,32 +35,6 @@ class Prefix:
 
         states = [aligned(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return cls(mask.gather(1, order), states)
-
-    @classmethod
-    def joined(cls, pieces: Sequence[Prefix]) -> Prefix:
-        """One after the other, brought to one width."""
-        width = max(piece.mask.shape[1] for piece in pieces)
-
-        def grown(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-            shape = list(tensor.shape)
-            shape[dim] = width - shape[dim]
-            return torch.cat([tensor.new_zeros(shape), tensor], dim) if shape[dim] else tensor
-
-        if width == 0:
-            return cls(torch.cat([piece.mask for piece in pieces]), ())
-        templates = next(piece for piece in pieces if piece.states).states
-        states = [
-            torch.cat(
-                [
-                    grown(piece.states[place], 2)
-                    if piece.states
-                    else template.new_zeros(len(piece.mask), template.shape[1], width, template.shape[3])
-                    for piece in pieces
-                ]
-            )
-            for place, template in enumerate(templates)
-        ]
-        return cls(torch.cat([grown(piece.mask, 1) for piece in pieces]), states)
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -93,7 +63,27 @@ class Prefix:
         cache = DynamicCache()
         if self.mask.shape[1] == 0:
             return cache
-        states = [*self.states[:2] * blocks_below, *self.states]
+        states = [*list(self.states[:2]) * blocks_below, *self.states]
         for layer in range(len(states) // 2):
             cache.update(states[2 * layer], states[2 * layer + 1], layer)
         return cache
+
+
+def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One after the other; narrower ones are padded, prefixes on the left, hidden states on the right.
+
+    Args:
+        pieces (`Sequence[torch.Tensor]`): Masks (n, P) or states (n, heads, P, head size) of prefixes, aligned to the
+            right, or hidden states (n, tokens, width), aligned to the left, or vectors (n, width).
+    """
+    dims = pieces[0].dim()
+    if dims == 2 and pieces[0].dtype != torch.bool:
+        return torch.cat(list(pieces))
+    dim = {2: 1, 3: 1, 4: 2}[dims]
+    width = max(piece.shape[dim] for piece in pieces)
+    grown = []
+    for piece in pieces:
+        missing = width - piece.shape[dim]
+        before, after = (0, missing) if dims == 3 else (missing, 0)
+        grown.append(nn.functional.pad(piece, (0, 0) * (dims - 1 - dim) + (before, after)))
+    return torch.cat(grown)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .residual import ResidualPath
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
+MOMENTUM = 0.5
+LEAST_GAIN = 0.05  # share of the objective
 
 SLOTS_ON_CPU = 32
 MOST_SLOTS = 256
@@ -38,20 +40,26 @@ class SearchSettings:
         early_stopping (`str`): `"mpes"` or `"none"`.
         extra_steps (`int`): Updates after the target has become most probable.
         steps (`int`): Evaluations of the objective at most; the last one is not followed by an update (as in MEMIT).
-        lr (`float`): Adam's learning rate.
+        optimizer (`str`): `"normalized"`: steps along the gradient's direction, `lr` times `||h||` long, with
+            momentum; `"adam"`: as published.
+        lr (`float`): Learning rate.
         weight_decay (`float`): Factor of `||delta|| / ||h||^2`.
         kl_weight (`float`): Factor of the KL divergence on the essence prompt.
         max_norm (`float`): Radius of the ball as a share of `||h||`.
+        patience (`int`): With MPES: steps without a gain of `LEAST_GAIN` after which a fact that does not converge is
+            given up; 0 for never.
         slots (`int`): Facts searched at the same time; 0 for as many as the memory allows.
     """
 
     early_stopping: str = "mpes"
     extra_steps: int = 1
     steps: int = 25
+    optimizer: str = "normalized"
     lr: float = 0.5
     weight_decay: float = 0.5
     kl_weight: float = 0.0625
     max_norm: float = 0.75
+    patience: int = 4
     slots: int = 0
 
 
@@ -77,6 +85,14 @@ class SearchResult:
     converged: torch.Tensor
     probability: torch.Tensor
     failed: torch.Tensor
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The fields, in order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def of(self, facts: Sequence[int]) -> SearchResult:
+        """The result of some of the facts."""
+        return SearchResult(*(tensor[list(facts)] for tensor in self.tensors()))
 
 
 def choose_forward(
@@ -168,8 +184,7 @@ def _agree(split: SplitForward, full: FullForward, rows: SearchRows) -> bool:
     increment = torch.randn(output.shape, generator=generator).to(output)
     increment = 0.3 * increment * output.norm() / increment.norm()
     with torch.no_grad():
-        one = split.logits(split.view(first), increment).double()
-        other = full.logits(full.view(first), increment).double()
+        one, other = (way.logits(way.view(first, whole=True).parts[0], increment).double() for way in (split, full))
     if not (one.isfinite().all() and other.isfinite().all()):
         return True  # nothing to compare; the search itself reports facts that are not finite
     spread = float((other - other.mean(-1, keepdim=True)).abs().max())
@@ -202,6 +217,8 @@ class _Search:
         self.delta, self.mean, self.square = (torch.zeros(count, base.hidden.shape[-1], **make) for _ in range(3))
         self.steps = torch.zeros(count, dtype=torch.long, device=self.device)
         self.reached = torch.full_like(self.steps, -1)  # the step at which MPES struck
+        self.best = torch.full((count,), torch.inf, **make)  # the objective when it last gained
+        self.gained = torch.zeros_like(self.steps)  # and the step
         self.converged = torch.zeros(count, dtype=torch.bool, device=self.device)
         self.failed = torch.zeros_like(self.converged)
         self.probability = torch.zeros(count, **make)
@@ -250,6 +267,7 @@ class _Search:
         done = bad | (steps >= self.settings.steps - 1)
         if self.settings.early_stopping == "mpes":
             done |= probable & (steps - reached >= self.settings.extra_steps)  # a target lost again is not the end
+            done |= ~probable & self._stuck(places, objective.detach(), steps)
         finished = done.tolist()  # the one wait for the device
         if not all(finished):
             (gradient,) = torch.autograd.grad(torch.where(done, 0.0, objective).sum(), current)
@@ -258,6 +276,14 @@ class _Search:
         self.failed[places] |= bad
         self.reached[places] = reached
         return finished
+
+    def _stuck(self, places: torch.Tensor, objective: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Whether the objective (A,) has not gained for so long that it hardly will."""
+        gains = objective < self.best[places] * (1 - LEAST_GAIN)
+        self.best[places] = torch.where(gains, objective, self.best[places])
+        self.gained[places] = torch.where(gains, steps, self.gained[places])
+        patience = self.settings.patience
+        return (steps - self.gained[places] >= patience) & (patience > 0)
 
     def _result(self) -> tuple[torch.Tensor, ...]:
         delta = torch.where(self.failed[:, None], 0.0, self.delta)
@@ -275,29 +301,36 @@ class _Search:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Objective (A,), whether every target token is the most probable (A,), target probability (A,)."""
         shape = (len(active), self.forward.rows.rows_per_fact)
-        logits = self.forward.logits(view, delta * self.unit[places])
-        labels, rows = view.labels.to(logits.device), view.target_rows.to(self.device)
-        target_logits, essence = logits[: len(labels)].to(self.dtype), logits[len(labels) :].to(self.dtype)
-        scored = -nn.functional.cross_entropy(target_logits, labels, reduction="none").to(self.device)
-        total = torch.zeros(shape, device=self.device, dtype=self.dtype).flatten().index_add(0, rows, scored)
+        make: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        total, missed = torch.zeros(len(view.tokens), **make), torch.zeros(len(view.tokens), **make)
+        divergence = torch.zeros(len(active), **make)
+        increments = delta * self.unit[places]
+        for part in view.parts:
+            logits = self.forward.logits(part, increments)
+            labels, rows = part.labels.to(logits.device), part.target_rows.to(self.device)
+            target_logits, essence = logits[: len(labels)].to(self.dtype), logits[len(labels) :].to(self.dtype)
+            scored = -nn.functional.cross_entropy(target_logits, labels, reduction="none")
+            wrong = target_logits.detach().argmax(-1) != labels
+            total = total.index_add(0, rows, scored.to(self.device))
+            missed = missed.index_add(0, rows, wrong.to(self.device, self.dtype))
+            kl = self._divergence([active[slot] for slot in part.essence_slots], essence.log_softmax(-1))
+            slots = torch.tensor(part.essence_slots, dtype=torch.long).to(self.device, non_blocking=True)
+            divergence = divergence.index_add(0, slots, kl.to(self.device))
         per_row = (total / view.tokens.to(self.device).clamp_min(1)).reshape(shape)[:, :-1]  # without the essence row
-        with torch.no_grad():
-            missed = (target_logits.argmax(-1) != labels).to(self.device, self.dtype)
-            probable = torch.zeros_like(total).index_add(0, rows, missed).reshape(shape).sum(1) == 0
-            likelihood = per_row.exp().mean(1)
-        divergence = self._divergence(active, essence.log_softmax(-1)).to(self.device)
-        length = self.length[places]
+        probable = missed.reshape(shape).sum(1) == 0
         # The square root of a zero increment has no gradient; there the decay has none either.
         size = torch.where((delta == 0).all(-1), delta.new_zeros(()), delta.square().sum(-1).clamp_min(1e-30).sqrt())
-        decay = size / length[:, 0].square()
+        decay = size / self.length[places, 0].square()
         objective = -per_row.mean(1) + self.settings.kl_weight * divergence + self.settings.weight_decay * decay
-        return objective, probable, likelihood
+        return objective, probable, per_row.detach().exp().mean(1)
 
-    def _divergence(self, active: list[int], essence: torch.Tensor) -> torch.Tensor:
-        """KL divergence (A,) of what follows the essence prompt from what did without an increment."""
-        for row, fact in enumerate(active):
+    def _divergence(self, facts: list[int], essence: torch.Tensor) -> torch.Tensor:
+        """KL divergence, one per fact, of what follows the essence prompt from what did without an increment."""
+        for row, fact in enumerate(facts):
             self.essence.setdefault(fact, essence[row].detach())  # at the first evaluation the increment is zero
-        before = torch.stack([self.essence[fact] for fact in active])
+        if not facts:
+            return essence.sum(-1)
+        before = torch.stack([self.essence[fact] for fact in facts])
         return (essence.exp() * (essence - before)).sum(-1)
 
     def _update(
@@ -308,19 +341,35 @@ class _Search:
         steps: torch.Tensor,
         done: torch.Tensor,
     ) -> None:
-        """One step of Adam with a step count per fact, then the projection onto the ball; none for those done."""
-        beta1, beta2 = ADAM_BETAS
-        mean = self.mean[places].lerp(gradient, 1 - beta1)
-        square = self.square[places] * beta2 + (1 - beta2) * gradient.square()
-        self.mean[places], self.square[places] = mean, square
-        count = (steps + 1)[:, None].to(self.dtype)
-        denominator = (square / (1 - beta2**count)).sqrt() + ADAM_EPS
-        moved = delta - self.settings.lr * (mean / (1 - beta1**count)) / denominator
+        """One step of the optimiser, then the projection onto the ball; none for those done."""
+        step = self._adam_step if self.settings.optimizer == "adam" else self._normalized_step
+        moved = delta - step(places, gradient, steps)
         radius = self.settings.max_norm * self.length[places]
         norm = moved.norm(dim=-1, keepdim=True)
         moved = torch.where(norm > radius, moved * (radius / norm.clamp_min(1e-30)), moved)
         self.delta[places] = torch.where(done[:, None], delta, moved)
         self.steps[places] = steps + (~done).long()
+
+    def _adam_step(self, places: torch.Tensor, gradient: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Adam with a step count per fact."""
+        beta1, beta2 = ADAM_BETAS
+        mean = self.mean[places].lerp(gradient, 1 - beta1)
+        square = self.square[places] * beta2 + (1 - beta2) * gradient.square()
+        self.mean[places], self.square[places] = mean, square
+        count = (steps + 1)[:, None].to(self.dtype)
+        return self.settings.lr * (mean / (1 - beta1**count)) / ((square / (1 - beta2**count)).sqrt() + ADAM_EPS)
+
+    def _normalized_step(self, places: torch.Tensor, gradient: torch.Tensor, _steps: torch.Tensor) -> torch.Tensor:
+        """The gradient's direction, with momentum, in units of ||h||.
+
+        Adam's equal step in every coordinate is far longer than the ball is wide, so that it keeps little more of the
+        gradient than its signs; the direction itself reaches the target in fewer steps and writes better (measured in
+        docs/benchmarks.md).
+        """
+        direction = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        mean = self.mean[places] * MOMENTUM + direction
+        self.mean[places] = mean
+        return self.settings.lr * self.length[places] * mean
 
 
 def slots_that_fit(forward: FullForward) -> int:

@@ -6,7 +6,9 @@ cumulative delta minimises
     ||Δ Kᵀ − Vᵀ||_F² + λp tr(Δ C Δᵀ) + λn ||Δ||_F²     subject to ||Δ||_F ≤ budget
 
 (arXiv 2502.01636, eq. 7, on the cumulative delta; with λn = 0 and no budget MEMIT's, arXiv 2210.07229, eq. 14), so
-`Δ(λ) = B (λp C + KᵀK + λ I)⁻¹` with `B = VᵀK`, and λ the smallest value ≥ λn that meets the budget. (`running.py` keeps a solution up to date while pairs are added.)
+`Δ(λ) = B (λp C + KᵀK + λ I)⁻¹` with `B = VᵀK`, and λ the smallest value ≥ λn that meets the budget.
+
+`running.py` keeps a solution up to date while pairs are added.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from .fingerprint import check_fingerprint, is_quantised, model_fingerprint
 from .hooks import StopForward, evaluating, on_input
 from .prompts import context_window
 from .solve import solve_dtype
+from .workers import Workers
 
 
 STATISTICS_JSON = "key_statistics.json"
@@ -223,7 +224,7 @@ def collect_statistics(
     sequences = _up_to(_token_sequences(tokenizer, texts, length), limit)
     bar = tqdm(total=limit, desc="Key statistics", unit="tokens", disable=not progress)
     with evaluating(model), torch.no_grad(), bar:
-        sums, tokens = _sum_products(model, modules, _batches(sequences, batch_tokens), bar)
+        sums, tokens = _sum_of_all(Workers.of(model), model, modules, _batches(sequences, batch_tokens), bar)
     if tokens == 0:
         raise ValueError("There is no text to collect key statistics from: every text given is empty.")
     moments = {name: _mean(sums[name], tokens) for name in module_names}
@@ -265,8 +266,7 @@ def _sum_products(
     model: Any, modules: Mapping[str, nn.Module], batches: Iterable[list[list[int]]], bar: tqdm
 ) -> tuple[dict[str, torch.Tensor], int]:
     """The sum of k kᵀ over all tokens of the batches (upper triangles, see `_add_products`), and their number."""
-    device = model.get_input_embeddings().weight.device
-    device = torch.device("cpu") if device.type == "meta" else device
+    device = _input_device(model)
     sums: dict[str, torch.Tensor] = {}
     tokens = 0
     for batch in batches:
@@ -275,6 +275,27 @@ def _sum_products(
         tokens += count
         bar.update(count)
     return sums, tokens
+
+
+def _sum_of_all(
+    workers: Workers, model: Any, modules: Mapping[str, nn.Module], batches: Iterable[list[list[int]]], bar: tqdm
+) -> tuple[dict[str, torch.Tensor], int]:
+    """As `_sum_products`, of every process together: each runs its share of the batches."""
+    sums, tokens = workers.together(lambda: _sum_products(model, modules, workers.every_own(batches), bar))
+    if workers.splits:
+        device = _input_device(model)
+        for name, module in modules.items():
+            if name not in sums:  # fewer batches than processes
+                size = _key_width(name, module)
+                sums[name] = torch.zeros(size, size, dtype=solve_dtype(device), device=device)
+            sums[name] = workers.sum(sums[name])
+        tokens = int(workers.sum(torch.tensor(tokens, device=device)))
+    return sums, tokens
+
+
+def _input_device(model: Any) -> torch.device:
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _add_batch(
