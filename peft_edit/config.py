@@ -90,7 +90,7 @@ class EditConfig(PeftConfig):
     search_patience: int | str = field(
         default="auto",
         metadata={
-            "help": "With MPES: steps without a gain of 5 % after which a fact is given up, 0 for never. 'auto': 4 "
+            "help": "With MPES: steps without a gain of 2 % after which a fact is given up, 0 for never. 'auto': 4 "
             "with the normalized optimizer, 0 with Adam (as published)."
         },
     )

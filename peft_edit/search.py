@@ -26,7 +26,7 @@ from .residual import ResidualPath
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 MOMENTUM = 0.5
-LEAST_GAIN = 0.05  # share of the objective
+LEAST_GAIN = 0.02  # share of the objective
 
 SLOTS_ON_CPU = 32
 MOST_SLOTS = 256

@@ -1,0 +1,119 @@
+"""What each process of a distributed test does: `python -m tests.distributed_run SCENARIO OUTPUT`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import get_peft_model
+
+from peft_edit import EditConfig, editing
+from peft_edit.tiny import load_tiny_facts, load_tiny_model
+
+
+LAYERS = {"layers_to_transform": [0, 1], "target_modules": ["mlp.down_proj"]}
+
+
+def wrapped(tokenizer_too: bool = True, **settings):
+    base, tokenizer = load_tiny_model()
+    config = EditConfig(task_type="CAUSAL_LM", num_contexts=2, search_steps=8, **settings)
+    model = get_peft_model(base, config).eval()
+    texts = [f"{fact.filled_prompt} {fact.target_true}." for fact in load_tiny_facts()[:300]]
+    return model, tokenizer, texts
+
+
+def result(model, reports):
+    memory = model.peft_config["default"].memory
+    return {
+        "deltas": {name: layer.get_delta("default").clone() for name, layer in model.edit_layers().items()},
+        "facts": [record.key for record in memory.records] if memory is not None else [],
+        "moments": dict(memory.statistics.second_moments) if memory is not None else {},
+        "reports": [[(fact.id, fact.steps, fact.recalled) for fact in report.facts] for report in reports],
+    }
+
+
+def run_edit(**settings):
+    model, tokenizer, texts = wrapped(**settings)
+    model.collect_statistics(texts, tokenizer)
+    facts = load_tiny_facts()[:9]
+    reports = [model.edit_facts(facts, tokenizer, batch_size=4, progress=False)]
+    model.remove_facts(facts[2:4])
+    reports.append(model.edit_facts(facts[2:3], tokenizer, progress=False))
+    return result(model, reports)
+
+
+def run_failing():
+    """One process fails in the second batch."""
+    model, tokenizer, texts = wrapped()
+    model.collect_statistics(texts, tokenizer)
+    facts = load_tiny_facts()[:6]
+    model.edit_facts(facts[:4], tokenizer, batch_size=4, progress=False)
+    before = result(model, [])
+    search = editing.search_targets
+
+    def failing(*args, **kwargs):
+        if int(os.environ.get("RANK", "0")) == 1:
+            raise ArithmeticError("process 1 has had enough")
+        return search(*args, **kwargs)
+
+    editing.search_targets = failing
+    try:
+        model.edit_facts(facts[4:], tokenizer, progress=False)
+    except ArithmeticError as error:
+        message = str(error)
+    after = result(model, [])
+    same = all(torch.equal(before["deltas"][name], delta) for name, delta in after["deltas"].items())
+    return {"message": message, "unchanged": same and before["facts"] == after["facts"]}
+
+
+def run_different_facts():
+    model, tokenizer, texts = wrapped()
+    model.collect_statistics(texts, tokenizer)
+    facts = load_tiny_facts()[int(os.environ.get("RANK", "0")) :][:3]
+    try:
+        model.edit_facts(facts, tokenizer, progress=False)
+    except ValueError as error:
+        return {"message": str(error)}
+    return {}
+
+
+def run_sharded():
+    """FSDP2: every process holds a part of each weight."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
+    model, tokenizer, texts = wrapped(**LAYERS)
+    model = accelerator.prepare(model)
+    model.collect_statistics(texts, tokenizer)
+    facts = load_tiny_facts()[:5]
+    reports = [model.edit_facts(facts, tokenizer, batch_size=3, progress=False)]
+    model.remove_facts(facts[1])
+    return result(model, reports)
+
+
+SCENARIOS = {
+    "edit": run_edit,
+    "edit_two_layers": lambda: run_edit(**LAYERS),
+    "failing": run_failing,
+    "different_facts": run_different_facts,
+    "sharded": run_sharded,
+}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    scenario, output = sys.argv[1:]
+    PartialState(cpu=True)
+    torch.save(SCENARIOS[scenario](), Path(output) / f"{os.environ.get('RANK', '0')}.pt")
