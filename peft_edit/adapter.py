@@ -14,6 +14,7 @@ from .facts import Fact
 from .memory import EditMemory, EditRecord
 from .report import ModuleReport
 from .running import Penalties, RunningSolution
+from .sharded import check_started
 from .solve import auto_penalties
 
 
@@ -39,6 +40,7 @@ def editable_adapter(tuner: EditModel, adapter_name: str | None) -> str:
         raise ValueError(
             f"Adapter {adapter_name!r} is not active: call set_adapter({adapter_name!r}) before editing it."
         )
+    check_started(tuner.model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(

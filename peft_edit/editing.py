@@ -27,6 +27,7 @@ from .report import EditReport, FactReport
 from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
 from .search import SearchResult, SearchSettings, choose_forward, search_targets
+from .sharded import runnable
 from .statistics import KeyStatistics, collect_statistics, sample_texts
 from .stream import FactStream
 from .workers import Workers
@@ -113,7 +114,7 @@ class FactEditor:
     def run(self, stream: FactStream, run: Run) -> EditReport:
         """Edits a stream of facts batch by batch; see `EditModel.edit_facts`."""
         report = EditReport()
-        with evaluating(self.model):
+        with evaluating(self.model), runnable(self.model):
             with self.watch("preparation"):
                 self.workers.together(lambda: run.start(self, stream))
                 memory: EditMemory | None = self.workers.together(self._prepared_memory)
@@ -353,7 +354,7 @@ class FactEditor:
     def _wanted(
         self, index: int, count: int, reader: SubjectReader | None, found: SearchResult
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (n, rows, d_in) of an edited module at the subjects, and the wanted change (n, d_model) of its output.
+        """Inputs (n, rows, d_in) of a module at the subjects, and the wanted change (n, d_model) of its output.
 
         Args:
             index (`int`): Which edited module, counted from 0.

@@ -9,6 +9,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .sharded import whole
+
 
 SAMPLES = 32
 
@@ -34,7 +36,7 @@ def model_fingerprint(model: nn.Module, module_names: Sequence[str]) -> dict[str
         weight = _base_weight(model.get_submodule(name))
         if weight is None:
             continue
-        flat = weight.detach().flatten()
+        flat = whole(weight.detach()).flatten()
         places = torch.linspace(0, flat.numel() - 1, SAMPLES, device=flat.device, dtype=torch.float64).long()
         samples[name] = [round(float(value), 8) for value in flat[places].float().cpu()]
     return {

@@ -23,6 +23,7 @@ from .hooks import StopForward, like_output, on_input, on_output, replaced_forwa
 from .prefix import Prefix, joined
 from .prompts import FactPrompts
 from .residual import ResidualPath
+from .sharded import until_stopped
 
 
 # Tokens of padding that cost no more than another pass through the blocks.
@@ -277,10 +278,8 @@ class FullForward:
             stack.enter_context(on_input(self.keys_of, partial(keep, "keys")))
             stack.enter_context(on_output(self.module, partial(keep, "module")))
             stack.enter_context(on_output(self.blocks[self.block_index], at_block))
-            try:
+            with until_stopped(self.model):
                 yield seen
-            except StopForward:
-                pass
 
     # --- during the search -------------------------------------------------------------------------------------
 
@@ -442,10 +441,8 @@ class SplitForward(FullForward):
             raise StopForward
 
         with on_output(self.blocks[-1], stop):
-            try:
+            with until_stopped(self.model):
                 self._run(ids, visible.long(), positions, cache)
-            except StopForward:
-                pass
         return Prefix.of(cache, whole)
 
     def _run_lengths(self, index: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
 from .config import EditConfig
+from .sharded import put, whole
 
 
 class EditLayer(BaseTunerLayer):
@@ -82,7 +84,7 @@ class EditLayer(BaseTunerLayer):
         """The adapter's delta, (d_out, d_in), detached and not copied; also where accelerate keeps it offloaded."""
         delta: Any = self.edit_delta[adapter_name]
         if delta.weight.device.type != "meta":
-            return delta.weight.detach()
+            return whole(delta.weight.detach())
         weights, key = _offloaded_weight(delta)
         return weights[key]
 
@@ -107,8 +109,11 @@ class EditLayer(BaseTunerLayer):
             )
         delta: Any = self.edit_delta[adapter_name]
         value = value.detach()
+        self._compute_copies.pop(adapter_name, None)
+        if isinstance(delta.weight, DTensor):
+            put(delta.weight, value)
+            return
         if delta.weight.device.type != "meta":
-            self._compute_copies.pop(adapter_name, None)
             delta.weight.data = value.to(device=delta.weight.device, dtype=delta.weight.dtype)
             return
         weights, key = _offloaded_weight(delta)
@@ -137,7 +142,7 @@ class EditLayer(BaseTunerLayer):
         if weight.device.type == "meta":
             weights, key = _offloaded_weight(base)
             weight = weights[key]
-        return float(weight.detach().double().norm())
+        return float(whole(weight.detach()).double().norm())
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._compute_copies.pop(adapter_name, None)

@@ -64,8 +64,8 @@ class Run:
         state = load_checkpoint(editor.tuner, editor.adapter_name, checkpoint)
         if state.batch_size != stream.batch_size:
             raise ValueError(
-                f"The run in '{self.output_dir}' has batches of {state.batch_size}, not {stream.batch_size}: resume it "
-                "with the same batch_size."
+                f"The run in '{self.output_dir}' has batches of {state.batch_size}, not {stream.batch_size}: resume "
+                "it with the same batch_size."
             )
         stream.skip(state.facts, state.digest)
         self._saved = state.facts

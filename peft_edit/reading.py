@@ -12,6 +12,7 @@ from torch import nn
 
 from .hooks import StopForward, on_input, on_output, replaced_forward
 from .prompts import TokenizedPrompt
+from .sharded import until_stopped
 
 
 @dataclass
@@ -120,7 +121,5 @@ class SubjectReader:
             if outputs_of is not None and stop is not None:
                 stack.enter_context(on_output(outputs_of, keep("output", ends=False)))
                 stack.enter_context(on_output(self.blocks[stop], keep("block", ends=True)))
-            try:
+            with until_stopped(self.model):
                 self.model(input_ids=chunk.ids, attention_mask=chunk.mask, use_cache=False)
-            except StopForward:
-                pass

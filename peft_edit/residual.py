@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .hooks import StopForward, on_input, on_output
+from .sharded import until_stopped
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,8 @@ def probe_residual_path(
 
                 stack.enter_context(on_input(norm, at_norm))
             stack.enter_context(on_output(block, at_block))
-            try:
+            with until_stopped(model):
                 model(input_ids=input_ids, use_cache=False)
-            except StopForward:
-                pass
         return seen["output"], seen["block"], fed
 
     output, before, fed = run(None)
@@ -130,7 +129,7 @@ def probe_residual_path(
     tolerance = 0.02 * float(change.norm()) + noise
     for norm in fed:
         expected = (norm(moved) - norm(output)).detach().double().to(change.device)
-        scale = float(change @ expected / (expected @ expected).clamp_min(1e-300))
+        scale = _rounded(float(change @ expected / (expected @ expected).clamp_min(1e-300)))
         scale = 1.0 if abs(scale - 1.0) * float(expected.norm()) <= tolerance else scale
         path = ResidualPath(scale=scale, norm=norm)
         with torch.no_grad():
@@ -140,7 +139,12 @@ def probe_residual_path(
         ):
             return path
     # No norm is fed with the module's output: addition, scaled or not.
-    scale = float(change @ increment / (increment @ increment))
+    scale = _rounded(float(change @ increment / (increment @ increment)))
     if float((change - scale * increment).norm()) <= tolerance:
         return ResidualPath(scale=1.0 if abs(scale - 1.0) * float(increment.norm()) <= tolerance else scale)
     return None
+
+
+def _rounded(scale: float) -> float:
+    """To five digits: a model's constant, not the rounding of one probe."""
+    return float(f"{scale:.5g}")

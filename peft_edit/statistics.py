@@ -23,6 +23,7 @@ from .files import replace_file
 from .fingerprint import check_fingerprint, is_quantised, model_fingerprint
 from .hooks import StopForward, evaluating, on_input
 from .prompts import context_window
+from .sharded import runnable, until_stopped
 from .solve import solve_dtype
 from .workers import Workers
 
@@ -223,7 +224,7 @@ def collect_statistics(
     limit = TOKENS_PER_INPUT * widest if max_tokens is None else max_tokens
     sequences = _up_to(_token_sequences(tokenizer, texts, length), limit)
     bar = tqdm(total=limit, desc="Key statistics", unit="tokens", disable=not progress)
-    with evaluating(model), torch.no_grad(), bar:
+    with evaluating(model), runnable(model), torch.no_grad(), bar:
         sums, tokens = _sum_of_all(Workers.of(model), model, modules, _batches(sequences, batch_tokens), bar)
     if tokens == 0:
         raise ValueError("There is no text to collect key statistics from: every text given is empty.")
@@ -326,10 +327,8 @@ def _add_batch(
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.enter_context(on_input(module, partial(add, name)))
-        try:
+        with until_stopped(model):
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-        except StopForward:
-            pass
 
 
 def _padded(batch: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

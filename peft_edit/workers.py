@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
+
+from .sharded import is_sharded
 
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class Workers:
     @classmethod
     def of(cls, model: nn.Module) -> Workers:
         """The processes that edit this model."""
-        return cls(splits=not any(isinstance(parameter, DTensor) for parameter in model.parameters()))
+        return cls(splits=not is_sharded(model))
 
     @property
     def is_main(self) -> bool:

@@ -8,17 +8,19 @@ import warnings
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import get_peft_model
 
 from peft_edit import EditConfig, editing
+from peft_edit.sharded import is_sharded
 from peft_edit.tiny import load_tiny_facts, load_tiny_model
 
 
 LAYERS = {"layers_to_transform": [0, 1], "target_modules": ["mlp.down_proj"]}
 
 
-def wrapped(tokenizer_too: bool = True, **settings):
+def wrapped(**settings):
     base, tokenizer = load_tiny_model()
     config = EditConfig(task_type="CAUSAL_LM", num_contexts=2, search_steps=8, **settings)
     model = get_peft_model(base, config).eval()
@@ -81,20 +83,12 @@ def run_different_facts():
     return {}
 
 
-def run_sharded():
-    """FSDP2: every process holds a part of each weight."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-    )
-    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
+def run_whole():
     model, tokenizer, texts = wrapped(**LAYERS)
-    model = accelerator.prepare(model)
+    return edit_and_remove(model, tokenizer, texts)
+
+
+def edit_and_remove(model, tokenizer, texts):
     model.collect_statistics(texts, tokenizer)
     facts = load_tiny_facts()[:5]
     reports = [model.edit_facts(facts, tokenizer, batch_size=3, progress=False)]
@@ -102,11 +96,37 @@ def run_sharded():
     return result(model, reports)
 
 
+def run_sharded():
+    """FSDP2: every process holds a part of each weight."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = plugin  # on a CPU accelerate would take DDP, so what it calls for FSDP2 is called
+    model, tokenizer, texts = wrapped(**LAYERS)
+    model = fsdp2_prepare_model(accelerator, model)
+    try:
+        model.collect_statistics(texts, tokenizer)
+    except RuntimeError as error:
+        refusal = str(error)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 4]]))
+    weight = model.base_model.model.model.layers[0].mlp.up_proj.weight
+    held = weight.to_local().numel() / weight.numel()
+    found = edit_and_remove(model, tokenizer, texts)
+    return {**found, "refusal": refusal, "share_of_a_weight": held, "sharded": is_sharded(model)}
+
+
 SCENARIOS = {
     "edit": run_edit,
     "edit_two_layers": lambda: run_edit(**LAYERS),
     "failing": run_failing,
     "different_facts": run_different_facts,
+    "whole": run_whole,
     "sharded": run_sharded,
 }
 

@@ -74,6 +74,14 @@ def test_different_facts_are_refused(tmp_path):
         assert "given different facts" in found["message"]
 
 
+def test_weights_spread_over_processes(tmp_path):
+    found = launch("sharded", tmp_path, 2)
+    for mine in found:
+        assert "once before editing" in mine["refusal"]
+        assert mine["sharded"] and mine["share_of_a_weight"] == 0.5
+    assert_like_one_alone(found, distributed_run.SCENARIOS["whole"]())
+
+
 def test_one_process_alone_is_no_group():
     workers = Workers()
     assert workers.is_main and workers.share(3) == [0, 1, 2] and workers.gather("x") == ["x"]
