@@ -32,8 +32,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_edit import collect_statistics
 from peft_edit.architectures import block_index, default_layers, find_blocks, find_down_projections
+from peft_edit.collecting import _batches, _padded
 from peft_edit.hooks import StopForward, on_input
-from peft_edit.statistics import _batches, _padded
 
 
 SHAPES = {

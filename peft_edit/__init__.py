@@ -1,5 +1,6 @@
 """Lifelong knowledge editing as a PEFT adapter. Importing the package registers the PEFT type "EDIT"."""
 
+from .collecting import collect_statistics
 from .config import EditConfig
 from .facts import Fact, FactError, as_facts
 from .layer import EditLayer, EditLinear
@@ -7,7 +8,7 @@ from .memory import EditMemory, EditRecord
 from .model import EditModel
 from .register import EDIT, register
 from .report import EditReport
-from .statistics import KeyStatistics, collect_statistics
+from .statistics import KeyStatistics
 
 
 __version__ = "0.1.0"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .adapter import base_model, module_reports, running_solution, solve_all, transaction
 from .architectures import block_index, find_blocks
+from .collecting import collect_statistics, sample_texts
 from .facts import Fact, FactError
 from .forward import FullForward
 from .hooks import evaluating
@@ -28,7 +29,7 @@ from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
 from .search import SearchResult, SearchSettings, choose_forward, search_targets
 from .sharded import runnable
-from .statistics import KeyStatistics, collect_statistics, sample_texts
+from .statistics import KeyStatistics
 from .stream import FactStream
 from .workers import Workers
 

@@ -25,6 +25,7 @@ from .architectures import (
     find_blocks,
     find_down_projections,
 )
+from .collecting import collect_statistics
 from .config import EditConfig
 from .editing import FactEditor
 from .facts import Fact, FactLike
@@ -33,7 +34,7 @@ from .lifelong import Run, Tracker
 from .loading import check_adapter_weights
 from .memory import EditMemory, EditRecord
 from .report import EditReport
-from .statistics import KeyStatistics, collect_statistics
+from .statistics import KeyStatistics
 from .stream import FactStream
 
 
@@ -380,7 +381,7 @@ class EditModel(BaseTuner):
             texts: Strings, mappings with "text", a `datasets.Dataset`, or token ids.
             tokenizer: The model's tokenizer.
             adapter_name (`str`, *optional*): The adapter; by default the active one.
-            options: Further arguments of `peft_edit.statistics.collect_statistics`.
+            options: Further arguments of `peft_edit.collect_statistics`.
 
         Returns:
             `KeyStatistics`

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .forward import FullForward, SearchRows, SplitForward, View
+from .forward import FullForward, SplitForward
 from .prompts import FactPrompts
 from .residual import ResidualPath
+from .rows import SearchRows, View
 
 
 ADAM_BETAS = (0.9, 0.999)

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from peft_edit.forward import SplitForward
 from peft_edit.hooks import evaluating
 from peft_edit.prompts import PromptEncoder, generate_contexts
 from peft_edit.residual import ResidualPath, probe_residual_path
+from peft_edit.rows import SearchRows, width_buckets
 from peft_edit.search import SearchSettings, choose_forward, search_targets
 
 from .plain_search import plain_search
@@ -123,3 +127,60 @@ def test_probe_and_modes(tiny):
     with evaluating(model):
         assert not any(module.training for module in model.modules())
     assert model.training and not model.lm_head.training
+
+
+def test_running_out_of_memory_halves_the_facts_at_a_time(problem, monkeypatch):
+    model, block, module, prompts = problem
+    settings = SearchSettings(steps=6)
+    expected = search(model, block, module, prompts, settings)
+    logits, most = SplitForward.logits, []
+
+    def small(self, part, increment):
+        most.append(len(increment))
+        if len(increment) > 4:
+            raise torch.OutOfMemoryError("no room for so many")
+        return logits(self, part, increment)
+
+    monkeypatch.setattr(SplitForward, "logits", small)
+    found = search(model, block, module, prompts, settings)
+    assert max(most) == 12 and 3 in most
+    assert torch.equal(found.steps, expected.steps)
+    assert torch.cosine_similarity(found.increments, expected.increments).min() > 0.9999
+    monkeypatch.setattr(SplitForward, "logits", lambda *_: small(None, None, torch.zeros(9, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        search(model, block, module, prompts, settings)
+
+
+def test_a_hopeless_fact_is_given_up(problem):
+    model, block, module, prompts = problem
+    within_a_tiny_ball = {"max_norm": 1e-3, "steps": 25}
+    patient = search(model, block, module, prompts, SearchSettings(patience=0, **within_a_tiny_ball))
+    found = search(model, block, module, prompts, SearchSettings(patience=4, **within_a_tiny_ball))
+    assert bool((patient.steps[~patient.converged] == 24).all())
+    assert bool((found.steps[~found.converged] < 12).all()) and not bool(found.converged.all())
+
+
+def test_what_all_facts_share_is_run_once(problem, monkeypatch):
+    model, block, module, prompts = problem
+    rows = SearchRows.from_prompts(prompts)
+    assert rows.shared[0] <= 1 and bool((rows.shared[1:-1] >= 8).all())  # the contexts, with the token that opens them
+    run = []
+    monkeypatch.setattr(block, "forward", lambda *args, real=block.forward, **kwargs: count(run, args, real, kwargs))
+    SplitForward(model, list(model.model.layers), BLOCK, module, ResidualPath()).prepare(rows)
+    whole = int(rows.lengths.sum())
+    assert sum(run) < 0.75 * whole
+
+
+def count(run, args, real, kwargs):
+    run.append(args[0].shape[0] * args[0].shape[1])
+    return real(*args, **kwargs)
+
+
+@given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=200), spare=st.integers(0, 500))
+def test_width_buckets(lengths, spare):
+    buckets = width_buckets(lengths, spare, most=64)
+    assert sorted(place for bucket in buckets for place in bucket) == list(range(len(lengths)))
+    for bucket in buckets:
+        widest = max(lengths[place] for place in bucket)
+        assert len(bucket) <= 64
+        assert sum(widest - lengths[place] for place in bucket) <= spare

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 
 from peft_edit import KeyStatistics, collect_statistics, statistics
+from peft_edit.collecting import sample_texts
 from peft_edit.hooks import on_input
-from peft_edit.statistics import sample_texts
 
 from .models import build_model
 from .world import texts, word_tokenizer
