@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from peft_edit import KeyStatistics, collect_statistics, statistics
+from peft_edit import KeyStatistics, collect_statistics, collecting
 from peft_edit.collecting import sample_texts
 from peft_edit.hooks import on_input
 
@@ -98,14 +98,14 @@ def test_equals_a_loop_in_float64_however_it_is_batched(model, dtype, tolerance,
 
 
 def test_products_by_blocks_equal_the_whole(monkeypatch):
-    monkeypatch.setitem(statistics._BLOCK_ROWS, "cpu", 24)
+    monkeypatch.setitem(collecting._BLOCK_ROWS, "cpu", 24)
     keys = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     total = torch.zeros(64, 64, dtype=torch.float64)
     for part in (keys[:20], keys[20:].bfloat16()):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            statistics._add_products(total, part)
+            collecting._add_products(total, part)
     rounded = torch.cat([keys[:20], keys[20:].bfloat16().float()]).double()
-    assert relative_error(statistics._mean(total, 50), rounded.T @ rounded / 50) < 1e-6
+    assert relative_error(collecting._mean(total, 50), rounded.T @ rounded / 50) < 1e-6
 
 
 def test_stops_at_the_limit_in_the_order_of_the_texts(model):
@@ -122,18 +122,18 @@ def test_batches_hold_every_sequence_within_the_budget_and_little_padding():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 400, (3000,), generator=generator).tolist()
     sequences = [[index] * length for index, length in enumerate(lengths)]
-    batches = list(statistics._batches(sequences, 4096))
+    batches = list(collecting._batches(sequences, 4096))
     sizes = [len(batch) * max(map(len, batch)) for batch in batches]
     assert max(sizes) <= 4096
     assert sorted(sequence for batch in batches for sequence in batch) == sorted(sequences)
     assert sum(sizes) < 1.02 * sum(lengths)
-    assert list(statistics._batches([[1] * 9, [2]], 4)) == [[[1] * 9], [[2]]]
+    assert list(collecting._batches([[1] * 9, [2]], 4)) == [[[1] * 9], [[2]]]
 
 
 def test_reads_ahead_within_bounds(monkeypatch):
-    monkeypatch.setattr(statistics, "READ_AHEAD", 2)
+    monkeypatch.setattr(collecting, "READ_AHEAD", 2)
     read = []
-    next(statistics._batches((read.append(index) or [index] * 10 for index in range(1000)), 40))
+    next(collecting._batches((read.append(index) or [index] * 10 for index in range(1000)), 40))
     assert len(read) == 8
 
 
