@@ -73,7 +73,8 @@ class SearchResult:
         targets (`torch.Tensor`): (F, d_model), the block output that results for the bare prompt.
         keys (`torch.Tensor`): (F, rows, d_in), inputs of the first edited module at the subject, bare prompt first.
         steps (`torch.LongTensor`): (F,) updates made.
-        converged (`torch.BoolTensor`): (F,) every target token was most probable in every context at the end.
+        converged (`torch.BoolTensor`): (F,) every target token was most probable in every context at the last
+            evaluation (which MPES' extra steps follow).
         probability (`torch.Tensor`): (F,) probability of the target (geometric mean over its tokens, mean over
             contexts) at the last evaluation.
         failed (`torch.BoolTensor`): (F,) the objective was not finite.
@@ -265,17 +266,20 @@ class _Search:
         bad = ~torch.isfinite(objective)
         steps = self.steps[places]
         reached = torch.where(probable & (self.reached[places] < 0), steps, self.reached[places])
+        self.reached[places] = reached
         done = bad | (steps >= self.settings.steps - 1)
+        leaving = torch.zeros_like(done)  # with one more update, which is not looked at again
         if self.settings.early_stopping == "mpes":
-            done |= probable & (steps - reached >= self.settings.extra_steps)  # a target lost again is not the end
-            done |= ~probable & self._stuck(places, objective.detach(), steps)
-        finished = done.tolist()  # the one wait for the device
-        if not all(finished):
+            extra = self.settings.extra_steps
+            done |= (reached >= 0) & (steps - reached >= extra)
+            leaving = (reached >= 0) & (steps - reached == extra - 1)
+            done |= (reached < 0) & self._stuck(places, objective.detach(), steps)
+        staying, finished = torch.stack([~done, done | leaving]).tolist()  # the one wait for the device
+        if any(staying):
             (gradient,) = torch.autograd.grad(torch.where(done, 0.0, objective).sum(), current)
             self._update(places, current.detach(), gradient, steps, done)
         self.converged[places], self.probability[places] = probable & ~bad, likelihood
         self.failed[places] |= bad
-        self.reached[places] = reached
         return finished
 
     def _stuck(self, places: torch.Tensor, objective: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -370,7 +374,9 @@ class _Search:
         direction = gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         mean = self.mean[places] * MOMENTUM + direction
         self.mean[places] = mean
-        return self.settings.lr * self.length[places] * mean
+        # After MPES has struck a step is half as long, or the last one, which is not looked at, might go too far.
+        share = torch.where(self.reached[places] < 0, 1.0, 0.5)[:, None].to(self.dtype)
+        return self.settings.lr * share * self.length[places] * mean
 
 
 def slots_that_fit(forward: FullForward) -> int:

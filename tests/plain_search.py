@@ -46,8 +46,8 @@ def plain_search(model, block, module, prompts: FactPrompts, settings: SearchSet
         loss = torch.stack(losses).mean() + settings.kl_weight * divergence + settings.weight_decay * decay
         if probable and reached is None:
             reached = step
-        enough = settings.early_stopping == "mpes" and probable and step - reached >= settings.extra_steps
-        if enough or step == settings.steps - 1:
+        struck = settings.early_stopping == "mpes" and reached is not None
+        if step == settings.steps - 1 or (struck and step - reached >= settings.extra_steps):
             return unit * delta.detach(), step
         loss.backward()
         adam.step()
@@ -55,4 +55,6 @@ def plain_search(model, block, module, prompts: FactPrompts, settings: SearchSet
             radius = settings.max_norm * hidden.norm()
             if delta.norm() > radius:
                 delta *= radius / delta.norm()
+        if struck and step - reached == settings.extra_steps - 1:
+            return unit * delta.detach(), step + 1
     raise AssertionError("unreachable")
