@@ -72,13 +72,8 @@ def search_one(
             probable = bool((logits.argmax(-1)[is_target] == labels[is_target]).all())
             if probable and reached is None:
                 reached = step
-            enough = (
-                settings.early_stopping == "mpes"
-                and probable
-                and reached is not None
-                and step - reached >= settings.extra_steps
-            )
-            if enough or step == settings.steps - 1:
+            struck = settings.early_stopping == "mpes" and reached is not None
+            if step == settings.steps - 1:
                 break
             loss.backward()
             adam.step()
@@ -86,6 +81,9 @@ def search_one(
                 radius = settings.max_norm * hidden.norm()
                 if delta.norm() > radius:
                     delta *= radius / delta.norm()
+            if struck:
+                step += 1
+                break
     found = delta.detach()
     return found, hidden + found, step
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -268,6 +268,17 @@ class SplitForward(FullForward):
         prefix = self.prefix.rows(index).trimmed()
         return ids, torch.cat([prefix.mask, mask], dim=1).long(), positions, prefix
 
+    @cached_property
+    def _last_mlp(self) -> nn.Module | None:
+        """The last block's counterpart of the module around the edited one, if it maps hidden states one by one."""
+        if self.block_index == len(self.blocks) - 1:
+            return None
+        edited = self.blocks[self.block_index]
+        name = next(name for name, module in edited.named_modules() if module is self.module)
+        parent = name.rpartition(".")[0]
+        mlp: Any = self.blocks[-1].get_submodule(parent) if parent else None
+        return mlp if mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1 else None
+
     def _learn_output_form(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._output_form = (None,) * len(output) if isinstance(output, tuple) else None
 
@@ -314,7 +325,26 @@ class SplitForward(FullForward):
                 replaced_forward(self.blocks[self.block_index], lambda *_, **__: self._as_block(moved))
             )
             stack.enter_context(self._head_at(part))
+            stack.enter_context(self._last_mlp_at(part, ids.shape))
             return self._run(ids, mask, positions, prefix.cache(blocks_below=self.block_index + 1))
+
+    @contextmanager
+    def _last_mlp_at(self, part: Part, shape: torch.Size) -> Iterator[None]:
+        """The last block's MLP runs at the read positions only: nothing attends to what it writes elsewhere."""
+        mlp = self._last_mlp
+        if mlp is None:
+            yield
+            return
+
+        def gather(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden[part.read_rows.to(hidden.device), part.read_columns.to(hidden.device)][None]
+
+        def scatter(hidden: torch.Tensor) -> torch.Tensor:
+            places = (part.read_rows.to(hidden.device), part.read_columns.to(hidden.device))
+            return hidden.new_zeros(*shape, hidden.shape[-1]).index_put(places, hidden[0])
+
+        with on_input(mlp, gather), on_output(mlp, scatter):
+            yield
 
     def _pass_through(self, *args: Any, **kwargs: Any) -> Any:
         return self._as_block(args[0] if args else kwargs["hidden_states"])

@@ -17,8 +17,15 @@ from .world import NAMES, texts, town_facts, word_tokenizer
 BEHIND_A_NORM = ("gemma2", "gemma3", "olmo2")
 
 # Random models: a gentle search with room, and an update that writes all of it.
-SETTINGS = dict(search_lr=0.1, search_max_norm=6.0, search_weight_decay=0.0, search_steps=60, num_contexts=1)
-SETTINGS["mpes_extra_steps"] = 3  # a random model needs some margin
+# More than one extra step, for the margin that a random model needs.
+SETTINGS = dict(
+    search_lr=0.1,
+    search_max_norm=6.0,
+    search_weight_decay=0.0,
+    search_steps=60,
+    num_contexts=1,
+    mpes_extra_steps=3,
+)
 UPDATE = dict(preservation_weight=1e-3, refinements=2)
 
 
