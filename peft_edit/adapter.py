@@ -109,18 +109,19 @@ def running_solution(tuner: EditModel, adapter_name: str, module: str, memory: E
 def solver_devices(device: torch.device, d_in: int, d_out: int) -> tuple[torch.device, torch.device]:
     """Where to solve a module and where to keep its normal equations between factorisations.
 
-    On its own device while there is room: for the factor and what a factorisation takes besides (three float64
-    matrices of d_in × d_in, three of d_out × d_in). The equations stay there too while that leaves half of the free
-    memory; else they wait on the CPU and are streamed in for each factorisation. Short of that all is on the CPU.
+    On its own device while there is room for a factorisation: six float64 matrices of d_in × d_in (the last factor and
+    equations, and the equations, covariance or system, and factor of the next) and as many of d_out × d_in. The
+    equations stay there too while that leaves half of the free memory; else they wait on the CPU and are streamed in
+    for each factorisation. Short of that all is on the CPU.
     """
     if device.type != "cuda":
         return device, device
     free, _ = torch.cuda.mem_get_info(device)
-    needed = 8 * 3 * d_in * (d_in + d_out)
+    needed = 8 * 6 * d_in * (d_in + d_out)
     cpu = torch.device("cpu")
     if needed > free:
         return cpu, cpu
-    return device, device if 4 * needed <= free else cpu
+    return device, device if 2 * needed <= free else cpu
 
 
 def solve_all(tuner: EditModel, adapter_name: str, memory: EditMemory) -> None:

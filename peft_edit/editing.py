@@ -130,7 +130,9 @@ class FactEditor:
                     with transaction(self.tuner, self.adapter_name):
                         if memory is not None:
                             self._adopt(memory)
+                        done = bar.n + len(facts)
                         reports = self._edit_batch(facts, prompts, bar.update)
+                        bar.update(done - bar.n)  # the share of other processes
                     memory = None  # the adapter has it now
                     report.facts += reports
                     report.norms.append(self._norm_shares())
@@ -144,10 +146,20 @@ class FactEditor:
     def _batches(self, stream: FactStream) -> Iterable[tuple[list[Fact], list[FactPrompts]]]:
         """Facts and their prompts; all of them are checked at once where they are all known."""
         if stream.left is None:
-            return ((facts, self._encode(facts)) for facts in stream.batches())
+            return self._streamed(stream)
         self.workers.check_same(repr([(fact.key, fact.target) for fact in stream.left]), "facts")
         encoded = iter(self._encode(stream.left))
         return ((facts, list(islice(encoded, len(facts)))) for facts in stream.batches())
+
+    def _streamed(self, stream: FactStream) -> Iterator[tuple[list[Fact], list[FactPrompts]]]:
+        """Facts and their prompts, each batch checked as it comes: that it is sound, and the same in every process."""
+        batches = stream.batches()
+        while True:
+            facts = self.workers.together(lambda: next(batches, None))
+            self.workers.check_same(f"{stream.consumed} {stream.digest}", "facts")
+            if facts is None:
+                return
+            yield facts, self._encode(facts)
 
     def _norm_shares(self) -> dict[str, float]:
         return {

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
+from .quantised import unpacked
 from .sharded import whole
 
 
@@ -90,7 +92,7 @@ def _base_weight(module: nn.Module) -> torch.Tensor | None:
         base = module.get_base_layer()
         weight = module.get_base_weight()
     else:
-        base, weight = module, module.weight
+        base, weight = module, dequantize_module_weight(unpacked(module))
     if weight.device.type == "meta":
         hook = getattr(base, "_hf_hook", None)
         weights_map = getattr(hook, "weights_map", None)

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
 from .config import EditConfig
+from .quantised import unpacked
 from .sharded import put, whole
 
 
@@ -127,14 +128,14 @@ class EditLayer(BaseTunerLayer):
     def get_base_weight(self) -> torch.Tensor:
         if self.quantization_backend is None:
             return super().get_base_weight()
-        return self.quantization_backend.get_base_weight(_unpacked(self.get_base_layer()))
+        return self.quantization_backend.get_base_weight(unpacked(self.get_base_layer()))
 
     def base_norm(self) -> float:
         """||W0||_F of the unedited base weight, in float64; also while merged, offloaded or quantised."""
         base: Any = self.get_base_layer()
         if self.unmerged_module is not None:
             backend: Any = self.quantization_backend
-            weight = backend.get_base_weight(_unpacked(self.unmerged_module[0]))
+            weight = backend.get_base_weight(unpacked(self.unmerged_module[0]))
         elif self.unmerged_weight is not None:
             weight = self.unmerged_weight
         else:
@@ -344,19 +345,6 @@ def _only_multiplies(delta: nn.Module, result: torch.Tensor) -> bool:
         and not (delta._forward_pre_hooks or delta._forward_hooks)
         and not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != result.dtype)
     )
-
-
-def _unpacked(base: Any) -> Any:
-    """The module, or a copy if bitsandbytes has given its 4-bit weight the CPU layout, which cannot be dequantised."""
-    state = getattr(getattr(base, "weight", None), "quant_state", None)
-    if not getattr(state, "packing_format_for_cpu", False):
-        return base
-    base = copy.deepcopy(base)
-    base.state_dict()  # unpacks in place
-    state = base.weight.quant_state
-    if state.absmax.dim() == 2:  # forgotten by bitsandbytes 0.50
-        state.absmax = state.absmax.T.reshape(-1).float()
-    return base
 
 
 def _offloaded_weight(module: nn.Module) -> tuple[MutableMapping[str, torch.Tensor], str]:

@@ -44,6 +44,7 @@ class Run:
     probes: int = 0
     _batches: int = field(default=0, init=False)
     _saved: int = field(default=-1, init=False)
+    _logs: bool = field(default=False, init=False)  # in any process: probes are asked in all of them
     _seconds: float = field(default=0.0, init=False)
 
     def start(self, editor: FactEditor, stream: FactStream) -> None:
@@ -53,6 +54,11 @@ class Run:
             ValueError: if there is a checkpoint but nobody asked to resume, or it is of other facts.
         """
         self._seconds = time.perf_counter()
+        editor.workers.check_same(
+            repr((self.output_dir and str(self.output_dir), self.save_steps, self.resume, self.probes)),
+            "output_dir, save_steps, resume_from_checkpoint or probes",
+        )
+        self._logs = any(editor.workers.gather(self.tracker is not None))
         checkpoint = find_checkpoint(self.output_dir) if self.output_dir is not None else None
         if checkpoint is None:
             return
@@ -73,7 +79,7 @@ class Run:
     def after_batch(self, editor: FactEditor, stream: FactStream, report: EditReport, count: int) -> None:
         """Logs the batch of `count` facts and writes a checkpoint when it is time to."""
         self._batches += 1
-        if self.tracker is not None:
+        if self._logs:
             self._log(editor, stream, report, count)
         if self._batches % self.save_steps == 0:
             self.save(editor, stream)

@@ -179,8 +179,14 @@ class EditMemory:
         return replace(self, contexts=contexts)
 
     def with_statistics(self, statistics: KeyStatistics) -> EditMemory:
-        """The same facts under other key statistics."""
-        return replace(self, statistics=statistics)
+        """The same facts under other key statistics; where those say the same, saved solutions can be resumed."""
+        moments = self.statistics.second_moments
+        marks = {
+            name: mark
+            for name, mark in self._marks.items()
+            if torch.equal(moments[name], statistics.second_moments[name])
+        }
+        return replace(self, statistics=statistics, _marks=marks)
 
     def append(
         self, records: Sequence[EditRecord], pairs: Mapping[str, Pairs], solutions: Mapping[str, RunningSolution]

@@ -238,6 +238,7 @@ class RunningSolution:
             half = torch.linalg.solve_triangular(solution.factor, keys.T, upper=False)
             outputs = keys @ solution.delta.T
             values = refined_values(values.to(keys), outputs, half.T @ half, rounds).to(values.dtype)
+            del solution, equations, half  # room for the second solution
             equations = known.add(keys, values)
             solution = self.penalties.solve(equations)
         return self._fresh(equations, count, self.penalties, solution, store), values

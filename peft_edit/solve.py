@@ -51,34 +51,41 @@ class NormalEquations:
     @classmethod
     def from_pairs(cls, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
         """The pairs' own equations, in their dtype. `keys` (n, d_in), `values` (n, d_out)."""
-        if keys.dim() != 2 or values.dim() != 2 or len(keys) != len(values):
-            raise ValueError(
-                f"Keys and values must be (n, d_in) and (n, d_out), got {tuple(keys.shape)} and {tuple(values.shape)}."
-            )
+        _check_pairs(keys, values)
         return cls(keys.T @ keys, values.T @ keys)
 
     def add(self, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
         """With n more pairs (update)."""
-        new = self._matching(keys, values)
-        return NormalEquations(self.gram + new.gram, self.cross + new.cross)
+        keys, values = self._matching(keys, values)
+        return NormalEquations(torch.addmm(self.gram, keys.T, keys), torch.addmm(self.cross, values.T, keys))
 
     def remove(self, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
         """Without n pairs that were added before (downdate)."""
-        old = self._matching(keys, values)
-        return NormalEquations(self.gram - old.gram, self.cross - old.cross)
+        keys, values = self._matching(keys, values)
+        return NormalEquations(
+            torch.addmm(self.gram, keys.T, keys, alpha=-1), torch.addmm(self.cross, values.T, keys, alpha=-1)
+        )
 
     def to(self, device: torch.device | str) -> NormalEquations:
         """The same on another device."""
         return NormalEquations(self.gram.to(device), self.cross.to(device))
 
-    def _matching(self, keys: torch.Tensor, values: torch.Tensor) -> NormalEquations:
-        pairs = NormalEquations.from_pairs(keys.to(self.gram), values.to(self.gram))
-        if pairs.cross.shape != self.cross.shape:
+    def _matching(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pairs in the equations' dtype, on their device."""
+        _check_pairs(keys, values)
+        if (values.shape[1], keys.shape[1]) != self.cross.shape:
             raise ValueError(
                 f"Pairs of width {keys.shape[1]} -> {values.shape[1]} do not fit equations of width "
                 f"{self.cross.shape[1]} -> {self.cross.shape[0]}."
             )
-        return pairs
+        return keys.to(self.gram), values.to(self.gram)
+
+
+def _check_pairs(keys: torch.Tensor, values: torch.Tensor) -> None:
+    if keys.dim() != 2 or values.dim() != 2 or len(keys) != len(values):
+        raise ValueError(
+            f"Keys and values must be (n, d_in) and (n, d_out), got {tuple(keys.shape)} and {tuple(values.shape)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -208,12 +215,14 @@ def factorised(system: torch.Tensor, penalty: float) -> torch.Tensor:
     Raises:
         ValueError: if the system is singular.
     """
-    shifted = system.clone()
-    shifted.diagonal().add_(penalty)
-    factor, info = torch.linalg.cholesky_ex(shifted)
+    diagonal = system.diagonal().clone()
+    system.diagonal().add_(penalty)  # for a moment: a copy of the system would be as large as all else
+    largest = system.diagonal().abs().max()
+    factor, info = torch.linalg.cholesky_ex(system)
+    system.diagonal().copy_(diagonal)
     # A factor may exist through rounding alone; then its smallest pivot is rounding too.
     pivots = factor.diagonal().square()
-    floor = 10 * torch.finfo(system.dtype).eps * shifted.diagonal().abs().max()
+    floor = 10 * torch.finfo(system.dtype).eps * largest
     if int(info) != 0 or bool((pivots <= floor).any()):
         raise ValueError(
             "The normal equations are singular: the keys and statistics leave directions of the weights undetermined. "

@@ -115,7 +115,7 @@ class Workers:
         if any(other != values[0] for other in values):
             raise ValueError(
                 f"The processes were given different {what}: every process must make the same call with the same "
-                "facts; peft-edit splits the work itself."
+                "arguments; peft-edit splits the work itself."
             )
 
     def wait(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -83,6 +84,45 @@ def run_different_facts():
     return {}
 
 
+def run_different_streams():
+    """The first batch is the same everywhere, the second is not."""
+    model, tokenizer, texts = wrapped()
+    model.collect_statistics(texts, tokenizer)
+    facts = load_tiny_facts()[:4]
+    other = facts[:2] + load_tiny_facts()[5:7]
+    own = other if int(os.environ.get("RANK", "0")) else facts
+    try:
+        model.edit_facts(iter(own), tokenizer, batch_size=2, progress=False)
+    except ValueError as error:
+        return {"message": str(error), "held": len(model.edited_facts())}
+    return {}
+
+
+def run_different_directories():
+    model, tokenizer, texts = wrapped()
+    model.collect_statistics(texts, tokenizer)
+    try:
+        model.edit_facts(load_tiny_facts()[:2], tokenizer, output_dir=tempfile.mkdtemp(), progress=False)
+    except ValueError as error:
+        return {"message": str(error)}
+    return {}
+
+
+class Rows(list):
+    def log(self, values, step):
+        self.append((step, values))
+
+
+def run_probes():
+    """Only the main process logs; the probes are asked in all of them."""
+    model, tokenizer, texts = wrapped()
+    model.collect_statistics(texts, tokenizer)
+    rows = Rows()
+    tracker = None if int(os.environ.get("RANK", "0")) else rows
+    model.edit_facts(load_tiny_facts()[:4], tokenizer, batch_size=2, tracker=tracker, probes=3, progress=False)
+    return {"rows": list(rows)}
+
+
 def run_whole():
     model, tokenizer, texts = wrapped(**LAYERS)
     return edit_and_remove(model, tokenizer, texts)
@@ -126,6 +166,9 @@ SCENARIOS = {
     "edit_two_layers": lambda: run_edit(**LAYERS),
     "failing": run_failing,
     "different_facts": run_different_facts,
+    "different_streams": run_different_streams,
+    "different_directories": run_different_directories,
+    "probes": run_probes,
     "whole": run_whole,
     "sharded": run_sharded,
 }

@@ -74,6 +74,22 @@ def test_different_facts_are_refused(tmp_path):
         assert "given different facts" in found["message"]
 
 
+def test_streams_that_differ_are_refused_before_their_batch_is_written(tmp_path):
+    for found in launch("different_streams", tmp_path, 2):
+        assert "given different facts" in found["message"] and found["held"] == 2
+
+
+def test_different_directories_are_refused(tmp_path):
+    for found in launch("different_directories", tmp_path, 2):
+        assert "given different output_dir" in found["message"]
+
+
+def test_one_process_logs_what_all_have_probed(tmp_path):
+    logged, none = (found["rows"] for found in launch("probes", tmp_path, 2))
+    assert [step for step, _ in logged] == [2, 4] and not none
+    assert all(0 <= row["probe/recalled"] <= 1 for _, row in logged)
+
+
 def test_weights_spread_over_processes(tmp_path):
     found = launch("sharded", tmp_path, 2)
     for mine in found:

@@ -1,6 +1,7 @@
 """The edit memory's files, and adapters that are damaged or of another model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,22 @@ def test_comes_back_as_it_was(saved):
     lines = [json.loads(line) for line in (path / "edit_facts.jsonl").read_text().splitlines()]
     assert [line["subject"] for line in lines] == [fact.subject for fact in town_facts(4)]
     assert all((path / name).is_file() for name in MEMORY_FILES)
+
+
+def test_a_saved_solution_is_not_resumed_under_other_statistics(tmp_path):
+    """Its λ met the budget under the old ones."""
+    tokenizer = word_tokenizer()
+    fixed = dict(preservation_weight=1.0, norm_penalty=1e-6, norm_budget=0.05)
+    config = EditConfig(task_type="CAUSAL_LM", layers_to_transform=[1], num_contexts=1, search_steps=3, **fixed)
+    model = get_peft_model(build_model("llama"), config).eval()
+    statistics = model.collect_statistics(texts(), tokenizer)
+    model.edit_facts(town_facts(4), tokenizer, progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    smaller = {name: moment / 100 for name, moment in statistics.second_moments.items()}
+    loaded.set_statistics(replace(statistics, second_moments=smaller))
+    for layer in loaded.edit_layers().values():
+        assert float(layer.get_delta("default").double().norm()) == pytest.approx(0.05 * layer.base_norm(), rel=1e-6)
 
 
 def test_saving_without_memory_removes_an_older_one(saved):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_edit import EditConfig
+from peft_edit.fingerprint import check_fingerprint, model_fingerprint
 from peft_edit.tiny import load_tiny_facts, load_tiny_model, tiny_model_path
 
 
@@ -114,6 +115,20 @@ def test_base_norm_is_that_of_the_dequantised_weight(edited):
         assert layer.base_norm() == pytest.approx(float(weight.norm()), rel=edited.allowed.norm)
         apart = layer.get_base_weight().float() - weight
         assert float(apart.norm() / weight.norm()) < 0.12
+
+
+def test_the_fingerprint_is_the_same_with_and_without_an_adapter():
+    for backend in (torchao_8bit, hqq_8bit, bitsandbytes_8bit, lambda: bitsandbytes_4bit(False)):
+        try:
+            base, _ = backend()
+        except pytest.skip.Exception:
+            continue
+        names = ["model.layers.0.mlp.down_proj"]
+        plain = model_fingerprint(base, names)
+        model = get_peft_model(base, EditConfig(task_type="CAUSAL_LM"))
+        wrapped = model_fingerprint(model.base_model.model, names)
+        check_fingerprint(plain, wrapped, "Edits")
+        check_fingerprint(model_fingerprint(load_tiny_model()[0], names), plain, "Edits", quantised=True)
 
 
 def test_merge_changes_little_and_unmerge_nothing(edited):
