@@ -57,15 +57,8 @@ def facts_and_texts(args: argparse.Namespace) -> tuple[list[Fact], list[str]]:
     return facts, [f"{fact.filled_prompt} {fact.target_true}." for fact in known if fact.key not in edited]
 
 
-def shared_recall(state: PartialState, model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> float | None:
-    """Percentage of prompts completed with the answer; each process asks its share. None without any prompt."""
-    with state.split_between_processes(list(pairs)) as own:
-        hits = round(len(own) * recall(model, tokenizer, own) / 100) if own else 0
-    return 100 * sum(gather_object([hits])) / len(pairs) if pairs else None
-
-
-def evaluate(state: PartialState, model: Any, tokenizer: Any, facts: Sequence[Fact]) -> dict[str, float | None]:
-    """Recall of the edits, of their other phrasings, and of the neighbours that must not change."""
+def evaluate(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> dict[str, float | None]:
+    """Recall of the edits, of their other phrasings, and of the neighbours that must stay."""
     prompts = {
         "edits": [(fact.filled_prompt, fact.target) for fact in facts],
         "paraphrases": [
@@ -75,7 +68,7 @@ def evaluate(state: PartialState, model: Any, tokenizer: Any, facts: Sequence[Fa
             (text, fact.target_true) for fact in facts if fact.target_true is not None for text in fact.neighborhood
         ],
     }
-    return {name: shared_recall(state, model, tokenizer, pairs) for name, pairs in prompts.items()}
+    return {name: recall(model, tokenizer, pairs) if pairs else None for name, pairs in prompts.items()}
 
 
 def checksum(model: Any) -> str:
@@ -109,9 +102,9 @@ def main() -> None:
 
     if texts:
         model.collect_statistics(texts, tokenizer)
-    before = evaluate(state, model, tokenizer, facts)
+    before = evaluate(model, tokenizer, facts)
     report = model.edit_facts(facts, tokenizer, batch_size=args.batch_size)
-    after = evaluate(state, model, tokenizer, facts)
+    after = evaluate(model, tokenizer, facts)
     checksums = gather_object([checksum(model)])
 
     if state.is_main_process:

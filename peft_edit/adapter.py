@@ -13,9 +13,10 @@ from torch import nn
 from .facts import Fact
 from .memory import EditMemory, EditRecord
 from .report import ModuleReport
-from .running import Penalties, RunningSolution
+from .running import Penalties
 from .sharded import check_started
-from .solve import auto_penalties
+from .solve import auto_penalties, solve_dtype
+from .updates import ModuleSolution, Task
 
 
 if TYPE_CHECKING:
@@ -94,16 +95,23 @@ def base_model(tuner: EditModel) -> Iterator[nn.Module]:
             layer._disable_adapters = False
 
 
-def running_solution(tuner: EditModel, adapter_name: str, module: str, memory: EditMemory) -> RunningSolution:
-    """One module's solution for all pairs of `memory`, under the adapter's penalties and budget."""
+def module_solution(tuner: EditModel, adapter_name: str, module: str, memory: EditMemory) -> ModuleSolution:
+    """One module's solution for all pairs of `memory`, by the adapter's update rule, penalties and budget."""
     config, layer = tuner.peft_config[adapter_name], tuner.edit_layers(adapter_name)[module]
     covariance = memory.statistics.second_moments[module]
     preservation, penalty = auto_penalties(covariance, config.preservation_weight, config.norm_penalty)
     cap = None if config.norm_budget is None else config.norm_budget * layer.base_norm()
-    penalties = Penalties(covariance, preservation, penalty, cap)
     shape = (layer.in_features, layer.out_features)
     device, store = memory.solver_devices(module) or solver_devices(layer.get_delta(adapter_name).device, *shape)
-    return memory.solution(module, penalties, shape, device, store)
+    task = Task(
+        Penalties(covariance, preservation, penalty, cap),
+        layer.base_matrix,
+        layer.out_features,
+        device,
+        store,
+        solve_dtype(device),
+    )
+    return config.update_rule().solution(memory, module, task)
 
 
 def solver_devices(device: torch.device, d_in: int, d_out: int) -> tuple[torch.device, torch.device]:
@@ -128,8 +136,9 @@ def solve_all(tuner: EditModel, adapter_name: str, memory: EditMemory) -> None:
     """Solves every module from memory, without any search, and makes `memory` the adapter's."""
     solutions = {}
     for name, layer in tuner.edit_layers(adapter_name).items():
-        solutions[name] = running_solution(tuner, adapter_name, name, memory)
-        layer.set_delta(adapter_name, solutions[name].delta)
+        solution = module_solution(tuner, adapter_name, name, memory)
+        layer.set_delta(adapter_name, solution.delta)
+        solutions[name] = solution.kept
     tuner.peft_config[adapter_name].memory = memory.with_solutions(solutions)
 
 

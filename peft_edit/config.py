@@ -17,7 +17,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .memory import MEMORY_FILES, EditMemory
+from .methods import METHODS
 from .register import EDIT
+from .updates import UPDATES, Folded, Update, make_update
 
 
 REFINEMENTS_WITH_MPES = 4
@@ -67,11 +69,18 @@ class EditConfig(PeftConfig):
     norm_budget: float | None = field(
         default=None, metadata={"help": "Largest allowed ||Δ||_F / ||W0||_F per module, met exactly; None for no cap."}
     )
+    update: str = field(default="ridge", metadata={"help": "The update rule: a name in `peft_edit.updates.UPDATES`."})
+    update_settings: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Settings of the update rule, where it has any."}
+    )
+    method: str = field(
+        default="encore", metadata={"help": "Name of the preset these settings began with; see `from_method`."}
+    )
     refinements: int | str = field(
         default="auto",
         metadata={
             "help": "Rounds in which what the ridge solution leaves unwritten is added to the values of a new batch. "
-            "'auto': 4 with MPES, whose targets have no margin to lose, 0 without."
+            "'auto': 4 with MPES, whose targets have no margin to lose, 0 without, or where the update rule has none."
         },
     )
     early_stopping: str = field(
@@ -140,6 +149,7 @@ class EditConfig(PeftConfig):
             raise ValueError(
                 f"norm_budget must be None or a share of ||W0||_F above 0, such as 0.05, got {self.norm_budget!r}."
             )
+        self.update_rule()
         if self.early_stopping not in ("mpes", "none"):
             raise ValueError(f"early_stopping must be 'mpes' or 'none', got {self.early_stopping!r}.")
         if self.search_optimizer not in ("normalized", "adam"):
@@ -167,8 +177,32 @@ class EditConfig(PeftConfig):
     def refinement_rounds(self) -> int:
         """`refinements` as a number."""
         if self.refinements == "auto":
-            return REFINEMENTS_WITH_MPES if self.early_stopping == "mpes" else 0
+            refines = self.early_stopping == "mpes" and not issubclass(UPDATES[self.update], Folded)
+            return REFINEMENTS_WITH_MPES if refines else 0
         return int(self.refinements)
+
+    def update_rule(self) -> Update:
+        """The update rule with its settings.
+
+        Raises:
+            ValueError: if there is no such rule or setting.
+        """
+        return make_update(self.update, self.update_settings)
+
+    @classmethod
+    def from_method(cls, method: str, **settings: Any) -> EditConfig:
+        """The settings of a published method, with changes of your own.
+
+        Args:
+            method (`str`): A name in `peft_edit.methods.METHODS`.
+            settings: Fields of the config that are to differ.
+
+        Raises:
+            ValueError: if there is no such method.
+        """
+        if method not in METHODS:
+            raise ValueError(f"There is no method {method!r}; there are {sorted(METHODS)}.")
+        return cls(**{**METHODS[method].settings, "method": method, **settings})
 
     @property
     def patience_steps(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .adapter import base_model, module_reports, running_solution, solve_all, transaction
+from .adapter import base_model, module_reports, module_solution, solve_all, transaction
 from .architectures import block_index, find_blocks
 from .collecting import collect_statistics, sample_texts
 from .facts import Fact, FactError
@@ -352,9 +352,10 @@ class FactEditor:
                 keys = _fact_keys(row_keys.to(found.targets.dtype)).to(delta.device, kept_dtype)
                 values = (keys.to(delta) @ delta.T + increments.to(delta)).to(kept_dtype)
             with self.watch("solve"):
-                known = running_solution(self.tuner, self.adapter_name, name, memory)
-                solutions[name], values = known.add(keys, values, self.config.refinement_rounds)
-                layer.set_delta(self.adapter_name, solutions[name].delta)
+                known = module_solution(self.tuner, self.adapter_name, name, memory)
+                solution, values = known.add(keys, values, self.config.refinement_rounds)
+                layer.set_delta(self.adapter_name, solution.delta)
+                solutions[name] = solution.kept
                 pairs[name] = (keys.cpu(), values.cpu())
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         records = [

@@ -95,7 +95,7 @@ def as_facts(source: FactLike | Iterable[FactLike] | str | os.PathLike) -> list[
     problems = []
     for index, item in enumerate(items):
         try:
-            facts.append(_checked(item if isinstance(item, Fact) else _from_mapping(item)))
+            facts.append(check_fact(item if isinstance(item, Fact) else fact_from_mapping(item)))
         except FactError as error:
             problems.append(f"fact {index}: {error}")
     if problems:
@@ -128,7 +128,7 @@ def _read_file(path: Path) -> list[Any]:
     return items
 
 
-def _from_mapping(record: Any) -> Fact:
+def fact_from_mapping(record: Any) -> Fact:
     """Recognises the published record forms by their fields."""
     if not isinstance(record, Mapping):
         raise FactError(
@@ -186,7 +186,7 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _checked(fact: Fact) -> Fact:
+def check_fact(fact: Fact) -> Fact:
     """One fact by itself: types, empty fields, the placeholder."""
     for name in ("subject", "prompt", "target"):
         value = getattr(fact, name)

@@ -132,6 +132,14 @@ class EditLayer(BaseTunerLayer):
 
     def base_norm(self) -> float:
         """||W0||_F of the unedited base weight, in float64; also while merged, offloaded or quantised."""
+        return float(self._whole_base_weight().double().norm())
+
+    def base_matrix(self) -> torch.Tensor:
+        """W0, (d_out, d_in), wherever and however it is stored."""
+        weight = self._whole_base_weight()
+        return weight.T if self.is_transposed else weight
+
+    def _whole_base_weight(self) -> torch.Tensor:
         base: Any = self.get_base_layer()
         if self.unmerged_module is not None:
             backend: Any = self.quantization_backend
@@ -143,7 +151,7 @@ class EditLayer(BaseTunerLayer):
         if weight.device.type == "meta":
             weights, key = _offloaded_weight(base)
             weight = weights[key]
-        return float(whole(weight.detach()).double().norm())
+        return whole(weight.detach())
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._compute_copies.pop(adapter_name, None)

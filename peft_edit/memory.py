@@ -74,12 +74,12 @@ class FactoredMark:
     Args:
         factored (`int`): Pairs in its last factorisation.
         norm_penalty (`float`): λ in force.
-        penalties (`tuple`): λp, λn and the largest norm that it was solved under.
+        penalties (`tuple`): λp, λn, the largest norm and the null space's threshold that it was solved under.
     """
 
     factored: int
     norm_penalty: float
-    penalties: tuple[float, float, float | None]
+    penalties: tuple[float, float, float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class EditMemory:
     records: tuple[EditRecord, ...] = ()
     pairs: Mapping[str, tuple[Pairs, ...]] = field(default_factory=dict, repr=False)
     batches: int = 0
-    _solutions: Mapping[str, RunningSolution] = field(default_factory=dict, repr=False, compare=False)
+    _solutions: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _equations: Mapping[str, NormalEquations] = field(default_factory=dict, repr=False, compare=False)
     _marks: Mapping[str, FactoredMark] = field(default_factory=dict, repr=False, compare=False)
     _downdated: bool = field(default=False, repr=False, compare=False)
@@ -126,7 +126,13 @@ class EditMemory:
     def solver_devices(self, module: str) -> tuple[torch.device, torch.device] | None:
         """Where the module's solution at hand lies, and where its equations; None if there is none."""
         known = self._solutions.get(module)
-        return None if known is None else (known.delta.device, known.equations.gram.device)
+        if not isinstance(known, RunningSolution):
+            return None
+        return known.delta.device, known.equations.gram.device
+
+    def kept(self, module: str) -> Any:
+        """The module's solution at hand, of whatever kind; None if there is none."""
+        return self._solutions.get(module)
 
     def solution(
         self,
@@ -136,7 +142,7 @@ class EditMemory:
         device: torch.device,
         store: torch.device | None = None,
     ) -> RunningSolution:
-        """A module's solution under these penalties: the one at hand, the one that was saved, or a fresh one.
+        """A module's ridge solution under these penalties: the one at hand, the one that was saved, or a fresh one.
 
         Args:
             module (`str`): The module.
@@ -146,23 +152,25 @@ class EditMemory:
             store (`torch.device`, *optional*): Where to keep the equations meanwhile.
         """
         known = self._solutions.get(module)
-        if known is not None and known.delta.device == device:
+        if isinstance(known, RunningSolution) and known.delta.device == device:
             if known.penalties.same_as(penalties):
                 return known
-            return RunningSolution.solved(known.all_equations(), len(self), penalties, store=store)
+            if known.penalties.null_space is None and penalties.null_space is None:
+                return RunningSolution.solved(known.all_equations(), len(self), penalties, store=store)
         empty = NormalEquations.empty(*shape, device=device, dtype=solve_dtype(device))
         mark = self._marks.get(module)
-        if mark is not None and mark.penalties == _numbers(penalties):
+        if mark is not None and mark.penalties == penalties.numbers:
             return RunningSolution.resumed(
                 self.pairs[module], mark.factored, mark.norm_penalty, penalties, empty, store
             )
-        equations = self._equations[module].to(device) if module in self._equations else empty
-        if module not in self._equations:
-            for keys, values in self.pairs.get(module, ()):
-                equations = equations.add(keys, values)
+        if penalties.null_space is None and module in self._equations:
+            return RunningSolution.solved(self._equations[module].to(device), len(self), penalties, store=store)
+        equations = empty
+        for keys, values in self.pairs.get(module, ()):
+            equations = equations.add(penalties.effective(keys.to(empty.gram)), values)
         return RunningSolution.solved(equations, len(self), penalties, store=store)
 
-    def with_solutions(self, solutions: Mapping[str, RunningSolution]) -> EditMemory:
+    def with_solutions(self, solutions: Mapping[str, Any]) -> EditMemory:
         """The same memory with its solutions at hand."""
         return replace(self, _solutions=dict(solutions), _equations={}, _marks={})
 
@@ -189,7 +197,7 @@ class EditMemory:
         return replace(self, statistics=statistics, _marks=marks)
 
     def append(
-        self, records: Sequence[EditRecord], pairs: Mapping[str, Pairs], solutions: Mapping[str, RunningSolution]
+        self, records: Sequence[EditRecord], pairs: Mapping[str, Pairs], solutions: Mapping[str, Any]
     ) -> EditMemory:
         """The memory with one more batch and the solutions that include it."""
         return replace(
@@ -215,6 +223,8 @@ class EditMemory:
         downdated = {}
         if 2 * dropped <= len(keep):  # cheaper than building them again
             for name, known in self._solutions.items():
+                if not isinstance(known, RunningSolution) or known.penalties.null_space is not None:
+                    continue
                 keys = torch.cat([batch[~part] for part, (batch, _) in self._with_rows(keep, name)])
                 values = torch.cat([batch[~part] for part, (_, batch) in self._with_rows(keep, name)])
                 downdated[name] = known.all_equations().remove(keys, values)
@@ -286,8 +296,9 @@ class EditMemory:
         if self._downdated:
             return {}
         return self._marks or {
-            name: FactoredMark(solution.factored, solution.norm_penalty, _numbers(solution.penalties))
+            name: FactoredMark(solution.factored, solution.norm_penalty, solution.penalties.numbers)
             for name, solution in self._solutions.items()
+            if isinstance(solution, RunningSolution)
         }
 
     @classmethod
@@ -323,14 +334,10 @@ class EditMemory:
             )
         sizes = [len(list(batch)) for _, batch in groupby(records, key=lambda record: record.batch)]
         ends = {0, *accumulate(sizes)}
-        if any(mark.factored not in ends or len(mark.penalties) != 3 for mark in marks.values()):
+        if any(mark.factored not in ends or len(mark.penalties) != 4 for mark in marks.values()):
             raise _broken(folder / MEMORY_JSON, "its factorisations do not end where a batch does")
         pairs = _load_pairs(folder / MEMORY_TENSORS, statistics, sizes)
         return cls(statistics, contexts, records, pairs, batches, _marks=marks)
-
-
-def _numbers(penalties: Penalties) -> tuple[float, float, float | None]:
-    return penalties.preservation_weight, penalties.norm_penalty, penalties.max_norm
 
 
 def _load_pairs(path: Path, statistics: KeyStatistics, sizes: Sequence[int]) -> dict[str, tuple[Pairs, ...]]:

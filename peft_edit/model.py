@@ -262,7 +262,7 @@ class EditModel(BaseTuner):
         self,
         facts: FactLike | Iterable[FactLike] | str,
         tokenizer: Any,
-        batch_size: int = 100,
+        batch_size: int | None = None,
         statistics: KeyStatistics | None = None,
         adapter_name: str | None = None,
         strict: bool = False,
@@ -285,7 +285,8 @@ class EditModel(BaseTuner):
                 has a length is checked whole before the first batch; a stream (a generator, a
                 `datasets.IterableDataset`) is read and checked batch by batch.
             tokenizer: The model's (fast) tokenizer.
-            batch_size (`int`): Facts that are solved for together.
+            batch_size (`int`, *optional*): Facts that are solved for together; by default as many as is usual for the
+                update rule: 100, and 1 for ROME's.
             statistics (`KeyStatistics`, *optional*): Key statistics of this model; kept with the adapter from then on.
                 Without any the model's own samples are used, with a warning.
             adapter_name (`str`, *optional*): The adapter to edit; by default the active one.
@@ -310,6 +311,8 @@ class EditModel(BaseTuner):
             ValueError, RuntimeError: if the adapter cannot be edited, or tokenizer, statistics or weights do not fit.
         """
         name = editable_adapter(self, adapter_name)
+        if batch_size is None:
+            batch_size = self.peft_config[name].update_rule().batch_size
         check_counts(batch_size=(batch_size, 1), search_slots=(search_slots, 0), save_steps=(save_steps, 1))
         stream = FactStream(facts, batch_size)
         self.peft_config[name].check_values()

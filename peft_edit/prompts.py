@@ -59,13 +59,13 @@ def join(prompt: str, target: str) -> tuple[str, str]:
     bare = prompt.rstrip()
     if target[:1].isspace():
         return bare, target
-    spaceless = _is_spaceless(bare[-1:]) and _is_spaceless(target[:1])
+    spaceless = is_spaceless(bare[-1:]) and is_spaceless(target[:1])
     if bare == prompt and (target[:1] in _NO_SPACE_BEFORE or spaceless):
         return bare, target
     return bare, " " + target
 
 
-def _is_spaceless(character: str) -> bool:
+def is_spaceless(character: str) -> bool:
     return bool(character) and unicodedata.name(character, "").startswith(_SPACELESS_SCRIPTS)
 
 
@@ -112,7 +112,7 @@ class PromptEncoder:
         target_text = ""
         if target is not None:
             text, target_text = join(text, target)
-        ids, offsets = self._tokenize(text)
+        ids, offsets = self.tokenize(text)
         subject_index = max(
             (i for i, (start, end) in enumerate(offsets) if start < min(subject_end, end)), default=None
         )
@@ -126,10 +126,10 @@ class PromptEncoder:
     def continuation_ids(self, prompt: str, target: str) -> tuple[list[int], list[int]]:
         """Token ids of a full-text prompt and of the target that continues it."""
         text, target_text = join(prompt, target)
-        ids, _ = self._tokenize(text)
+        ids, _ = self.tokenize(text)
         return ids, self._target_ids(text, ids, target_text)
 
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids with the special tokens that open a sequence, without those that would close it."""
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
@@ -141,7 +141,7 @@ class PromptEncoder:
 
     def _target_ids(self, text: str, prompt_ids: list[int], target_text: str) -> list[int]:
         """The tokens with which the model would continue the prompt's own tokens."""
-        whole, _ = self._tokenize(text + target_text)
+        whole, _ = self.tokenize(text + target_text)
         if whole[: len(prompt_ids)] == prompt_ids:
             ids = whole[len(prompt_ids) :]
         else:  # a token straddles the seam: generation continues the prompt's tokens, so the target stands alone

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from .solve import NormalEquations, Solution, factorised, refined_values, solve_delta
+from .solve import NormalEquations, Solution, factorised, refined_values, solve_delta, solve_dtype
 
 
 PENDING_SHARE = 4  # a new factorisation after d_in / PENDING_SHARE pending pairs
@@ -33,19 +34,41 @@ class Penalties:
         preservation_weight (`float`): λp.
         norm_penalty (`float`): λn.
         max_norm (`float`, *optional*): Largest allowed ||Δ||_F.
+        null_space (`float`, *optional*): Keys count only where ordinary keys are weak: on the eigenvectors of the
+            covariance with at most this share of its mean eigenvalue.
     """
 
     covariance: torch.Tensor
     preservation_weight: float
     norm_penalty: float
     max_norm: float | None = None
+    null_space: float | None = None
+
+    @property
+    def numbers(self) -> tuple[float, float, float | None, float | None]:
+        """All but the covariance."""
+        return self.preservation_weight, self.norm_penalty, self.max_norm, self.null_space
+
+    @cached_property
+    def projection(self) -> torch.Tensor:
+        """(d_in, d_in), onto the null space; float64 (float32 on devices without it)."""
+        assert self.null_space is not None
+        values, vectors = torch.linalg.eigh(self.covariance.to(solve_dtype(self.covariance.device)))
+        weak = vectors[:, values <= self.null_space * values.mean()]
+        if not weak.shape[1]:
+            raise ValueError(
+                f"The statistics have no eigenvalue below {self.null_space} of their mean: raise the null space's "
+                "threshold."
+            )
+        return weak @ weak.T
+
+    def effective(self, keys: torch.Tensor) -> torch.Tensor:
+        """What of the keys (k, d_in) counts: all, or their part in the null space."""
+        return keys if self.null_space is None else keys @ self.projection.to(keys)
 
     def same_as(self, other: Penalties) -> bool:
         """Whether both ask for the same; the covariance is compared by identity."""
-        return self.covariance is other.covariance and (
-            (self.preservation_weight, self.norm_penalty, self.max_norm)
-            == (other.preservation_weight, other.norm_penalty, other.max_norm)
-        )
+        return self.covariance is other.covariance and self.numbers == other.numbers
 
     def solve(self, equations: NormalEquations, start: float | None = None) -> Solution:
         """A fresh solution."""
@@ -65,7 +88,7 @@ class RunningSolution:
         factor (`torch.Tensor`, *optional*): (d_in, d_in), L, at `norm_penalty`; None before the first pair.
         delta (`torch.Tensor`): (d_out, d_in), with the pending pairs.
         norm_penalty (`float`): λ in force.
-        pending (`tuple`): (keys, values) of each batch since, in the solver's dtype.
+        pending (`tuple`): (effective keys, values) of each batch since, in the solver's dtype.
         half (`torch.Tensor`): (d_in, m), H of the pending keys.
         inner (`torch.Tensor`): (m, m), lower Cholesky factor of `I + HᵀH`.
     """
@@ -128,12 +151,13 @@ class RunningSolution:
         """
         equations, count, running = empty, 0, None
         for keys, values in batches:
+            keys = penalties.effective(keys.to(empty.gram))
             if count < factored:
                 equations = equations.add(keys, values)
                 count += len(keys)
                 continue
             running = running or cls._refactored(equations, count, norm_penalty, penalties, store)
-            keys, values = keys.to(running.delta), values.to(running.delta)
+            values = values.to(running.delta)
             running = running._with_pending(keys, values, _Update.of(running, keys))
         if count != factored:
             raise ValueError(f"No batch ends at pair {factored}.")
@@ -186,6 +210,11 @@ class RunningSolution:
         return self.norm_penalty > self.penalties.norm_penalty
 
     @property
+    def kept(self) -> RunningSolution:
+        """What the edit memory keeps: itself."""
+        return self
+
+    @property
     def count(self) -> int:
         """Pairs in the solution."""
         return self.factored + sum(len(keys) for keys, _ in self.pending)
@@ -210,7 +239,7 @@ class RunningSolution:
         Returns:
             The new solution, and the values that went into it: (k, d_out), rounded to the dtype of `values`.
         """
-        wide_keys, wide_values = keys.to(self.delta), values.to(self.delta)
+        wide_keys, wide_values = self.penalties.effective(keys.to(self.delta)), values.to(self.delta)
         room = len(self.delta.T) // PENDING_SHARE - self.half.shape[1]
         if self.factor is None or self.budget_binding or len(keys) > room:
             return self._add_afresh(wide_keys, values, rounds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import nn
 from .hooks import on_input
 
 
+TokenPairs = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+
 @dataclass(frozen=True)
 class TargetScores:
     """Scores of P prompt-target pairs.
@@ -19,13 +22,16 @@ class TargetScores:
     Args:
         log_probability (`torch.Tensor`): (P,) mean log-probability of the target's tokens, teacher-forced; float32.
         greedy (`torch.BoolTensor`): (P,) every target token is the most probable one.
+        token_accuracy (`torch.Tensor`): (P,) share of the target's tokens, 0 to 1, that are the most probable one
+            after the prompt and the target's tokens before it; float32.
     """
 
     log_probability: torch.Tensor
     greedy: torch.Tensor
+    token_accuracy: torch.Tensor
 
 
-def score_targets(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], chunk: int = 128) -> TargetScores:
+def score_targets(model: Any, pairs: TokenPairs, chunk: int = 128) -> TargetScores:
     """Scores targets under the model as it stands.
 
     Args:
@@ -36,11 +42,52 @@ def score_targets(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]
     Returns:
         `TargetScores`: on the CPU, in the order given.
     """
+    log_probability = torch.zeros(len(pairs))
+    token_accuracy = torch.zeros(len(pairs))
+    greedy = torch.zeros(len(pairs), dtype=torch.bool)
+    for part, rows, labels, logits in _target_logits(model, pairs, chunk):
+        scored = -nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="none").cpu()
+        hit = (logits.argmax(-1).cpu() == labels).float()
+        length = torch.zeros(len(part)).index_add(0, rows, torch.ones(len(rows)))
+        hits = torch.zeros(len(part)).index_add(0, rows, hit)
+        place = torch.tensor(part)
+        log_probability[place] = torch.zeros(len(part)).index_add(0, rows, scored) / length
+        greedy[place] = hits == length
+        token_accuracy[place] = hits / length
+    return TargetScores(log_probability, greedy, token_accuracy)
+
+
+def predict_targets(model: Any, pairs: TokenPairs, chunk: int = 128) -> list[torch.Tensor]:
+    """The most probable token at every position of the targets, teacher-forced.
+
+    Args:
+        model: The causal language model (adapters as they are), in eval mode.
+        pairs: (prompt token ids, target token ids).
+        chunk (`int`): Pairs per forward pass.
+
+    Returns:
+        `list[torch.Tensor]`: (T,) int64 for each pair, T the length of its target; on the CPU, in the order given.
+    """
+    found: list[Any] = [None] * len(pairs)
+    for part, _, _, logits in _target_logits(model, pairs, chunk):
+        tokens = logits.argmax(-1).cpu().split([len(pairs[place][1]) for place in part])
+        for place, predicted in zip(part, tokens):
+            found[place] = predicted
+    return found
+
+
+def _target_logits(
+    model: Any, pairs: TokenPairs, chunk: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Passes over the pairs, short ones first.
+
+    Yields:
+        places of C pairs; for the T target tokens of all of them: (T,) which of the C it belongs to, (T,) the token,
+        and (T, vocabulary) the logits that predict it.
+    """
     device = model.get_input_embeddings().weight.device
     device = torch.device("cpu") if device.type == "meta" else device
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    log_probability = torch.zeros(len(pairs))
-    greedy = torch.zeros(len(pairs), dtype=torch.bool)
     for start in range(0, len(order), chunk):
         part = order[start : start + chunk]
         sequences = [[*pairs[i][0], *pairs[i][1]][:-1] for i in part]
@@ -56,10 +103,4 @@ def score_targets(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]
 
         with torch.no_grad(), on_input(model.get_output_embeddings(), gather):
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[0]
-        scored = -nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="none").cpu()
-        hit = (logits.argmax(-1).cpu() == labels).float()
-        length = torch.zeros(len(part)).index_add(0, rows, torch.ones(len(rows)))
-        place = torch.tensor(part)
-        log_probability[place] = torch.zeros(len(part)).index_add(0, rows, scored) / length
-        greedy[place] = torch.zeros(len(part)).index_add(0, rows, hit) == length
-    return TargetScores(log_probability, greedy)
+        yield part, rows, labels, logits

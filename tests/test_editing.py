@@ -156,7 +156,7 @@ def test_budget_is_never_exceeded(wrap, facts, tmp_path):
     assert model.peft_config["default"].norm_budget is None
 
 
-@pytest.mark.parametrize("stage", ["search_targets", "SubjectReader", "running_solution", "score_targets"])
+@pytest.mark.parametrize("stage", ["search_targets", "SubjectReader", "module_solution", "score_targets"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_batch_is_all_or_nothing(wrap, facts, monkeypatch, stage, error):
     from peft_edit import editing

@@ -1,0 +1,6 @@
+"""The `paraphrase` module of the `evaluate` library."""
+
+from .paraphrase import Paraphrase
+
+
+__all__ = ["Paraphrase"]

@@ -1,0 +1,114 @@
+"""The cumulative ridge solution (ENCORE; with λn = 0 and no budget MEMIT with past keys), as it is or mapped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..running import RunningSolution
+from .base import Task, Update
+
+
+if TYPE_CHECKING:
+    from ..memory import EditMemory
+
+
+@dataclass(frozen=True)
+class Ridge(Update):
+    """`Δ = B (λp C + KᵀK + λ I)⁻¹` for all pairs so far (arXiv 2502.01636, eq. 7, on the cumulative delta)."""
+
+    name = "ridge"
+
+    def solution(self, memory: EditMemory, module: str, task: Task) -> RunningSolution:
+        return memory.solution(module, task.penalties, task.shape, task.device, task.store)
+
+
+@dataclass(frozen=True)
+class NullSpace(Update):
+    """Changes only where ordinary keys have hardly any energy (AlphaEdit, arXiv 2410.02355).
+
+    With P the projector on the eigenvectors of C whose eigenvalue is small, the published step
+    `R KᵀP (P (KₚᵀKₚ + KᵀK) P + L2 I)⁻¹` is the recursive form of a cumulative ridge solution for the keys `P k` with
+    λp = 0 and λn = L2, and is solved as such.
+
+    Args:
+        threshold (`float`): Largest eigenvalue of C that counts as none, as a share of the mean one, tr(C) / d_in.
+    """
+
+    threshold: float = 0.1
+    name = "null_space"
+
+    def check(self) -> None:
+        if not self.threshold > 0:
+            raise ValueError(f"The null space's threshold must be a share > 0, got {self.threshold!r}.")
+
+    def solution(self, memory: EditMemory, module: str, task: Task) -> RunningSolution:
+        penalties = replace(task.penalties, preservation_weight=0.0, null_space=self.threshold)
+        return memory.solution(module, penalties, task.shape, task.device, task.store)
+
+
+@dataclass(frozen=True)
+class Restrained(Update):
+    """The ridge solution with its largest singular values restrained (PRUNE, arXiv 2405.16821).
+
+    A singular value σ above the largest of W0, s, becomes `min(σ, s + log_base(σ / s))`.
+
+    Args:
+        base (`float`): Base of the logarithm, > 1; the larger, the harder the restraint.
+    """
+
+    base: float = 1.2
+    name = "restrained"
+
+    def check(self) -> None:
+        if not self.base > 1:
+            raise ValueError(f"The base of the restraint's logarithm must be > 1, got {self.base!r}.")
+
+    def solution(self, memory: EditMemory, module: str, task: Task) -> RestrainedSolution:
+        running = memory.solution(module, task.penalties, task.shape, task.device, task.store)
+        largest = float(torch.linalg.matrix_norm(task.base_weight().float(), ord=2))
+        return RestrainedSolution(running, largest, self.base)
+
+
+@dataclass(frozen=True, eq=False)
+class RestrainedSolution:
+    """A running solution seen through the restraint.
+
+    Args:
+        running (`RunningSolution`): Of all pairs.
+        largest (`float`): Largest singular value of W0.
+        base (`float`): Base of the logarithm.
+    """
+
+    running: RunningSolution
+    largest: float
+    base: float
+
+    @cached_property
+    def delta(self) -> torch.Tensor:
+        """(d_out, d_in), restrained."""
+        return restrained(self.running.delta, self.largest, self.base)
+
+    @property
+    def kept(self) -> Any:
+        """The running solution."""
+        return self.running
+
+    def add(
+        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0
+    ) -> tuple[RestrainedSolution, torch.Tensor]:
+        """As `RunningSolution.add`."""
+        running, values = self.running.add(keys, values, rounds)
+        return replace(self, running=running), values
+
+
+def restrained(delta: torch.Tensor, largest: float, base: float) -> torch.Tensor:
+    """The matrix with singular values above `largest` drawn towards it."""
+    if float(torch.linalg.matrix_norm(delta, ord="fro")) <= largest:  # then none is above
+        return delta
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    logarithm = torch.log(values.clamp_min(largest) / largest) / torch.log(values.new_tensor(base))
+    return (left * torch.minimum(values, largest + logarithm)) @ right
