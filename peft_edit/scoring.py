@@ -79,7 +79,7 @@ def predict_targets(model: Any, pairs: TokenPairs, chunk: int = 128) -> list[tor
 def _target_logits(
     model: Any, pairs: TokenPairs, chunk: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Passes over the pairs, short ones first.
+    """Passes over the pairs, short ones first. What several pairs read (one prompt, targets of one token) is run once.
 
     Yields:
         places of C pairs; for the T target tokens of all of them: (T,) which of the C it belongs to, (T,) the token,
@@ -87,15 +87,18 @@ def _target_logits(
     """
     device = model.get_input_embeddings().weight.device
     device = torch.device("cpu") if device.type == "meta" else device
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    inputs = [(*prompt, *target)[:-1] for prompt, target in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: (len(inputs[i]), inputs[i]))  # equal ones side by side
     for start in range(0, len(order), chunk):
         part = order[start : start + chunk]
-        sequences = [[*pairs[i][0], *pairs[i][1]][:-1] for i in part]
-        width = max(map(len, sequences))
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences])
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
-        rows = torch.tensor([row for row, i in enumerate(part) for _ in pairs[i][1]])
-        columns = torch.tensor([len(pairs[i][0]) - 1 + step for i in part for step in range(len(pairs[i][1]))])
+        row_of = {ids: row for row, ids in enumerate(dict.fromkeys(inputs[i] for i in part))}
+        width = max(map(len, row_of))
+        ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in row_of])
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in row_of])
+        wanted = [(row_of[inputs[i]], len(pairs[i][0]) - 1 + step) for i in part for step in range(len(pairs[i][1]))]
+        read_of = {place: read for read, place in enumerate(dict.fromkeys(wanted))}
+        rows, columns = (torch.tensor(places) for places in zip(*read_of))
+        owners = torch.tensor([owner for owner, i in enumerate(part) for _ in pairs[i][1]])
         labels = torch.tensor([token for i in part for token in pairs[i][1]])
 
         def gather(hidden: torch.Tensor, rows=rows, columns=columns) -> torch.Tensor:
@@ -103,4 +106,4 @@ def _target_logits(
 
         with torch.no_grad(), on_input(model.get_output_embeddings(), gather):
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[0]
-        yield part, rows, labels, logits
+        yield part, owners, labels, logits[torch.tensor([read_of[place] for place in wanted]).to(logits.device)]
