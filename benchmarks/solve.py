@@ -124,7 +124,7 @@ def measure(
     penalties = Penalties(covariance, *auto_penalties(covariance, "auto", "auto"))
     keys, values = pairs.draw(past)
     summing, equations = timed(lambda: NormalEquations.from_pairs(keys, values), device)
-    running = RunningSolution.solved(equations, past, penalties)
+    running = RunningSolution.solved(equations, (past,), penalties)
     if running.factor is None:
         running, _ = running.add(*pairs.draw(batch), rounds)  # the first pairs of all are solved for afresh
     running.add(*pairs.draw(batch), rounds)  # warm-up
@@ -132,7 +132,7 @@ def measure(
     fresh, drift = against_fresh(running, device)
     keys, values = pairs.draw(batch)
     factorising, (after, _) = timed(lambda: running.add(keys, values, rounds), device)
-    assert after.factored == running.count + batch and not after.pending
+    assert after.sums[-1] == running.count + batch and not after.pending
     plain = shape[0] // PENDING_SHARE // batch
     seconds = seconds or [factorising]  # too large a batch to be added without
     return {

@@ -72,12 +72,12 @@ class FactoredMark:
     """Where a module's running solution stood, so that it can be resumed to the last bit.
 
     Args:
-        factored (`int`): Pairs in its last factorisation.
+        sums (`tuple[int, ...]`): Pairs in its equations after each product that was added to them.
         norm_penalty (`float`): λ in force.
         penalties (`tuple`): λp, λn, the largest norm and the null space's threshold that it was solved under.
     """
 
-    factored: int
+    sums: tuple[int, ...]
     norm_penalty: float
     penalties: tuple[float, float, float | None, float | None]
 
@@ -93,6 +93,8 @@ class EditMemory:
         pairs (`dict[str, tuple]`): Per module, for each batch its keys (k, d_in) and values (k, d_out): what the delta
             should add to the output at the key. Rows in the order of `records`.
         batches (`int`): Batches written so far (removed facts do not lower it).
+        anchor (`float`, *optional*): The norm that values are rescaled to (`value_norm="anchored"`); None until it has
+            been measured.
     """
 
     statistics: KeyStatistics
@@ -100,6 +102,7 @@ class EditMemory:
     records: tuple[EditRecord, ...] = ()
     pairs: Mapping[str, tuple[Pairs, ...]] = field(default_factory=dict, repr=False)
     batches: int = 0
+    anchor: float | None = None
     _solutions: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _equations: Mapping[str, NormalEquations] = field(default_factory=dict, repr=False, compare=False)
     _marks: Mapping[str, FactoredMark] = field(default_factory=dict, repr=False, compare=False)
@@ -156,19 +159,18 @@ class EditMemory:
             if known.penalties.same_as(penalties):
                 return known
             if known.penalties.null_space is None and penalties.null_space is None:
-                return RunningSolution.solved(known.all_equations(), len(self), penalties, store=store)
+                return RunningSolution.solved(known.all_equations(), known.all_sums, penalties, store=store)
         empty = NormalEquations.empty(*shape, device=device, dtype=solve_dtype(device))
         mark = self._marks.get(module)
         if mark is not None and mark.penalties == penalties.numbers:
-            return RunningSolution.resumed(
-                self.pairs[module], mark.factored, mark.norm_penalty, penalties, empty, store
-            )
+            return RunningSolution.resumed(self.pairs[module], mark.sums, mark.norm_penalty, penalties, empty, store)
         if penalties.null_space is None and module in self._equations:
-            return RunningSolution.solved(self._equations[module].to(device), len(self), penalties, store=store)
-        equations = empty
+            return RunningSolution.solved(self._equations[module].to(device), (len(self),), penalties, store=store)
+        equations, sums = empty, [0]
         for keys, values in self.pairs.get(module, ()):
             equations = equations.add(penalties.effective(keys.to(empty.gram)), values)
-        return RunningSolution.solved(equations, len(self), penalties, store=store)
+            sums.append(sums[-1] + len(keys))
+        return RunningSolution.solved(equations, tuple(sums), penalties, store=store)
 
     def with_solutions(self, solutions: Mapping[str, Any]) -> EditMemory:
         """The same memory with its solutions at hand."""
@@ -185,6 +187,10 @@ class EditMemory:
     def with_contexts(self, contexts: tuple[str, ...]) -> EditMemory:
         """The same memory with the prefixes of its searches."""
         return replace(self, contexts=contexts)
+
+    def with_anchor(self, anchor: float) -> EditMemory:
+        """The same memory with the norm that values are rescaled to."""
+        return replace(self, anchor=anchor)
 
     def with_statistics(self, statistics: KeyStatistics) -> EditMemory:
         """The same facts under other key statistics; where those say the same, saved solutions can be resumed."""
@@ -267,6 +273,7 @@ class EditMemory:
             self.records + moved,
             {name: self.pairs.get(name, ()) + batches for name, batches in other.pairs.items()},
             self.batches + other.batches,
+            self.anchor if self.anchor is not None else other.anchor,
         )
 
     # --- files -------------------------------------------------------------------------------------------------
@@ -286,6 +293,7 @@ class EditMemory:
             "facts": len(self.records),
             "batches": self.batches,
             "contexts": self.contexts,
+            "anchor": self.anchor,
             "modules": sorted(self.statistics.second_moments),
             "factored": {name: asdict(mark) for name, mark in self._current_marks().items()},
         }
@@ -296,7 +304,7 @@ class EditMemory:
         if self._downdated:
             return {}
         return self._marks or {
-            name: FactoredMark(solution.factored, solution.norm_penalty, solution.penalties.numbers)
+            name: FactoredMark(solution.sums, solution.norm_penalty, solution.penalties.numbers)
             for name, solution in self._solutions.items()
             if isinstance(solution, RunningSolution)
         }
@@ -315,12 +323,16 @@ class EditMemory:
             version, count = about["format_version"], about["facts"]
             contexts, batches = about["contexts"], about["batches"]
             contexts = None if contexts is None else tuple(contexts)
+            anchor = about.get("anchor")  # not written by the first release
+            anchor = None if anchor is None else float(anchor)
             marks = {
-                name: FactoredMark(int(mark["factored"]), float(mark["norm_penalty"]), tuple(mark["penalties"]))
+                name: FactoredMark(tuple(mark["sums"]), float(mark["norm_penalty"]), tuple(mark["penalties"]))
                 for name, mark in about.get("factored", {}).items()
             }
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise _broken(folder / MEMORY_JSON, repr(error)) from error
+        if anchor is not None and not 0 < anchor < float("inf"):
+            raise _broken(folder / MEMORY_JSON, f"the norm anchor is {anchor}")
         if version != FORMAT_VERSION:
             raise _broken(folder / MEMORY_JSON, f"format version {version}, this release reads {FORMAT_VERSION}")
         try:
@@ -334,10 +346,10 @@ class EditMemory:
             )
         sizes = [len(list(batch)) for _, batch in groupby(records, key=lambda record: record.batch)]
         ends = {0, *accumulate(sizes)}
-        if any(mark.factored not in ends or len(mark.penalties) != 4 for mark in marks.values()):
+        if any(not mark.sums or not ends.issuperset(mark.sums) or len(mark.penalties) != 4 for mark in marks.values()):
             raise _broken(folder / MEMORY_JSON, "its factorisations do not end where a batch does")
         pairs = _load_pairs(folder / MEMORY_TENSORS, statistics, sizes)
-        return cls(statistics, contexts, records, pairs, batches, _marks=marks)
+        return cls(statistics, contexts, records, pairs, batches, anchor, _marks=marks)
 
 
 def _load_pairs(path: Path, statistics: KeyStatistics, sizes: Sequence[int]) -> dict[str, tuple[Pairs, ...]]:

@@ -13,7 +13,7 @@ or at once where the norm budget binds (λ then depends on every pair).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -83,8 +83,9 @@ class RunningSolution:
 
     Args:
         penalties (`Penalties`): What it was solved under.
-        equations (`NormalEquations`): Of the `factored` pairs of the last factorisation; may lie on the CPU.
-        factored (`int`): How many pairs those are.
+        equations (`NormalEquations`): Of the pairs of the last factorisation; may lie on the CPU.
+        sums (`tuple[int, ...]`): How many pairs the equations held after each product that was added to them; the last
+            is their count now. (Sums of other parts would differ in their last bits.)
         factor (`torch.Tensor`, *optional*): (d_in, d_in), L, at `norm_penalty`; None before the first pair.
         delta (`torch.Tensor`): (d_out, d_in), with the pending pairs.
         norm_penalty (`float`): λ in force.
@@ -95,7 +96,7 @@ class RunningSolution:
 
     penalties: Penalties
     equations: NormalEquations
-    factored: int
+    sums: tuple[int, ...]
     factor: torch.Tensor | None
     delta: torch.Tensor
     norm_penalty: float
@@ -109,7 +110,7 @@ class RunningSolution:
     def solved(
         cls,
         equations: NormalEquations,
-        count: int,
+        sums: tuple[int, ...],
         penalties: Penalties,
         start: float | None = None,
         store: torch.device | None = None,
@@ -118,73 +119,74 @@ class RunningSolution:
 
         Args:
             equations (`NormalEquations`): Of all pairs, on the device to solve on.
-            count (`int`): How many pairs those are.
+            sums (`tuple[int, ...]`): How they were summed.
             penalties (`Penalties`): What to solve under.
             start (`float`, *optional*): Where to begin the search for λ if the budget binds.
             store (`torch.device`, *optional*): Where to keep the equations meanwhile.
         """
         solution = penalties.solve(equations, start)
-        return cls._fresh(equations, count, penalties, solution, store)
+        return cls._fresh(equations, sums, penalties, solution, store)
 
     @classmethod
     def resumed(
         cls,
         batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        factored: int,
+        sums: tuple[int, ...],
         norm_penalty: float,
         penalties: Penalties,
         empty: NormalEquations,
         store: torch.device | None = None,
     ) -> RunningSolution:
-        """The very solution, to the last bit, that batches led to whose last factorisation had `factored` pairs.
+        """The very solution, to the last bit, that batches led to whose equations were summed in these parts.
 
         Args:
             batches: (keys, values) of every batch, oldest first.
-            factored (`int`): Pairs in the last factorisation; a sum of batch sizes.
+            sums (`tuple[int, ...]`): As in the solution; each a sum of batch sizes.
             norm_penalty (`float`): λ in force.
             penalties (`Penalties`): What it was solved under.
             empty (`NormalEquations`): Zeros, on the device and in the dtype to solve in.
             store (`torch.device`, *optional*): Where to keep the equations meanwhile.
 
         Raises:
-            ValueError: if no batch ends at `factored`.
+            ValueError: if no batch ends at one of `sums`.
         """
-        equations, count, running = empty, 0, None
-        for keys, values in batches:
-            keys = penalties.effective(keys.to(empty.gram))
-            if count < factored:
-                equations = equations.add(keys, values)
-                count += len(keys)
-                continue
-            running = running or cls._refactored(equations, count, norm_penalty, penalties, store)
-            values = values.to(running.delta)
+        pairs = ((penalties.effective(keys.to(empty.gram)), values.to(empty.gram)) for keys, values in batches)
+        equations, count = empty, 0
+        for end in sums:
+            part = []
+            while count < end and (batch := next(pairs, None)) is not None:
+                part.append(batch)
+                count += len(batch[0])
+            if count != end:
+                raise ValueError(f"No batch ends at pair {end}.")
+            equations = _with(equations, part)
+        running = cls._refactored(equations, sums, norm_penalty, penalties, store)
+        for keys, values in pairs:
             running = running._with_pending(keys, values, _Update.of(running, keys))
-        if count != factored:
-            raise ValueError(f"No batch ends at pair {factored}.")
-        return running or cls._refactored(equations, count, norm_penalty, penalties, store)
+        return running
 
     @classmethod
     def _refactored(
         cls,
         equations: NormalEquations,
-        count: int,
+        sums: tuple[int, ...],
         norm_penalty: float,
         penalties: Penalties,
         store: torch.device | None,
     ) -> RunningSolution:
         if not bool(equations.cross.any()):
-            return cls._fresh(equations, count, penalties, penalties.solve(equations), store)
+            return cls._fresh(equations, sums, penalties, penalties.solve(equations), store)
         covariance = penalties.covariance.to(equations.gram)
         factor = factorised(torch.add(equations.gram, covariance, alpha=penalties.preservation_weight), norm_penalty)
         delta = torch.cholesky_solve(equations.cross.T, factor).T
         binding = norm_penalty > penalties.norm_penalty
-        return cls._fresh(equations, count, penalties, Solution(delta, 0.0, norm_penalty, binding, factor), store)
+        return cls._fresh(equations, sums, penalties, Solution(delta, 0.0, norm_penalty, binding, factor), store)
 
     @classmethod
     def _fresh(
         cls,
         equations: NormalEquations,
-        count: int,
+        sums: tuple[int, ...],
         penalties: Penalties,
         solution: Solution,
         store: torch.device | None,
@@ -193,7 +195,7 @@ class RunningSolution:
         return cls(
             penalties=penalties,
             equations=equations if store is None else equations.to(store),
-            factored=count,
+            sums=sums,
             factor=solution.factor,
             delta=solution.delta,
             norm_penalty=solution.norm_penalty,
@@ -217,14 +219,16 @@ class RunningSolution:
     @property
     def count(self) -> int:
         """Pairs in the solution."""
-        return self.factored + sum(len(keys) for keys, _ in self.pending)
+        return self.sums[-1] + sum(len(keys) for keys, _ in self.pending)
 
     def all_equations(self) -> NormalEquations:
         """The normal equations of all pairs, on the device of the delta."""
-        equations = self.equations.to(self.delta.device)
-        for keys, values in self.pending:
-            equations = equations.add(keys, values)
-        return equations
+        return _with(self.equations.to(self.delta.device), self.pending)
+
+    @property
+    def all_sums(self) -> tuple[int, ...]:
+        """How those are summed."""
+        return (*self.sums, self.count) if self.pending else self.sums
 
     # --- adding to it ------------------------------------------------------------------------------------------
 
@@ -258,7 +262,7 @@ class RunningSolution:
     def _add_afresh(
         self, keys: torch.Tensor, values: torch.Tensor, rounds: int
     ) -> tuple[RunningSolution, torch.Tensor]:
-        known, count = self.all_equations(), self.count + len(keys)
+        known, sums = self.all_equations(), (*self.all_sums, self.count + len(keys))
         store = self.equations.gram.device
         start = self.norm_penalty if self.budget_binding else None
         equations = known.add(keys, values)
@@ -270,7 +274,7 @@ class RunningSolution:
             del solution, equations, half  # room for the second solution
             equations = known.add(keys, values)
             solution = self.penalties.solve(equations)
-        return self._fresh(equations, count, self.penalties, solution, store), values
+        return self._fresh(equations, sums, self.penalties, solution, store), values
 
     def _with_pending(self, keys: torch.Tensor, values: torch.Tensor, update: _Update) -> RunningSolution:
         rest = values - keys @ self.delta.T
@@ -282,6 +286,14 @@ class RunningSolution:
             half=torch.cat([self.half, update.half], dim=1),
             inner=update.inner(self.inner),
         )
+
+
+def _with(equations: NormalEquations, part: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> NormalEquations:
+    """With the pairs of some batches, added as one product."""
+    if not part:
+        return equations
+    keys, values = (torch.cat(tensors) for tensors in zip(*part))
+    return equations.add(keys, values)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ def batches(generator, sizes, dtype=torch.float64):
 
 
 def start(penalties) -> RunningSolution:
-    return RunningSolution.solved(NormalEquations.empty(D_IN, D_OUT), 0, penalties)
+    return RunningSolution.solved(NormalEquations.empty(D_IN, D_OUT), (0,), penalties)
 
 
 def fresh(penalties, pairs):
@@ -88,12 +88,12 @@ def test_resumes_to_the_last_bit(dtype, max_norm):
         running, values = running.add(keys, values, rounds=2)
         added.append((keys, values))
         empty = NormalEquations.empty(D_IN, D_OUT)
-        resumed = RunningSolution.resumed(added, running.factored, running.norm_penalty, penalties, empty)
+        resumed = RunningSolution.resumed(added, running.sums, running.norm_penalty, penalties, empty)
         assert torch.equal(resumed.delta, running.delta)
         assert resumed.norm_penalty == running.norm_penalty and resumed.count == running.count
-    assert running.factored != running.count or max_norm is not None
+    assert running.sums[-1] != running.count or max_norm is not None
     with pytest.raises(ValueError, match="No batch ends at pair 4"):
-        RunningSolution.resumed(added, 4, 0.1, penalties, NormalEquations.empty(D_IN, D_OUT))
+        RunningSolution.resumed(added, (4,), 0.1, penalties, NormalEquations.empty(D_IN, D_OUT))
 
 
 def test_drift_over_ten_thousand_single_edits():
