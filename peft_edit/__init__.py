@@ -2,6 +2,7 @@
 
 from .collecting import collect_statistics
 from .config import EditConfig
+from .export import ExportedModule, LoraExport, export_lora
 from .facts import Fact, FactError, as_facts
 from .layer import EditLayer, EditLinear
 from .memory import EditMemory, EditRecord
@@ -22,11 +23,14 @@ __all__ = [
     "EditModel",
     "EditRecord",
     "EditReport",
+    "ExportedModule",
     "Fact",
     "FactError",
     "KeyStatistics",
+    "LoraExport",
     "as_facts",
     "collect_statistics",
+    "export_lora",
 ]
 
 register(EditConfig, EditModel, EditModel.prefix)

@@ -37,6 +37,11 @@ def editable_adapter(tuner: EditModel, adapter_name: str | None) -> str:
     layers = tuner.edit_layers(adapter_name)
     if not layers:
         raise ValueError(f"There is no edit adapter {adapter_name!r}; there are {sorted(tuner.peft_config)}.")
+    if not hasattr(tuner.peft_config[adapter_name], "memory"):
+        raise ValueError(
+            f"Adapter {adapter_name!r} shares its name with another adapter, whose config has taken the place of the "
+            "edit's: load the edits under a name of their own (adapter_name=)."
+        )
     if adapter_name not in active:
         raise ValueError(
             f"Adapter {adapter_name!r} is not active: call set_adapter({adapter_name!r}) before editing it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import MutableMapping
 from typing import Any
@@ -353,6 +354,11 @@ def _only_multiplies(delta: nn.Module, result: torch.Tensor) -> bool:
         and not (delta._forward_pre_hooks or delta._forward_hooks)
         and not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != result.dtype)
     )
+
+
+def unwrapped_name(name: str) -> str:
+    """A module's (or tensor's) name as it is without another adapter, such as a LoRA, around an edited module."""
+    return re.sub(r"\.base_layer(?=$|\.edit_delta\.)", "", name)
 
 
 def _offloaded_weight(module: nn.Module) -> tuple[MutableMapping[str, torch.Tensor], str]:

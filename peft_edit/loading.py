@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .fingerprint import check_fingerprint, is_quantised, model_fingerprint
-from .layer import EditLinear
+from .layer import EditLinear, unwrapped_name
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_adapter_weights(model: nn.Module, config: EditConfig, adapter_name: st
     if extra:
         raise ValueError(f"The adapter file holds '{extra[0]}', which this model has no place for: {remedy}")
     if config.memory is not None:
-        by_module = {name.removeprefix("base_model.model."): layer for name, layer in layers.values()}
+        by_module = {unwrapped_name(name.removeprefix("base_model.model.")): layer for name, layer in layers.values()}
         missing = [name for name in config.memory.statistics.second_moments if name not in by_module]
         if missing:
             raise ValueError(f"The edit memory is about '{missing[0]}', which this adapter does not edit: {remedy}")

@@ -29,7 +29,7 @@ from .collecting import collect_statistics
 from .config import EditConfig
 from .editing import FactEditor
 from .facts import Fact, FactLike
-from .layer import EditLayer, EditLinear
+from .layer import EditLayer, EditLinear, unwrapped_name
 from .lifelong import Run, Tracker
 from .loading import check_adapter_weights
 from .memory import EditMemory, EditRecord
@@ -153,7 +153,7 @@ class EditModel(BaseTuner):
             adapter_name (`str`, *optional*): Only modules that have this adapter.
         """
         found = {
-            name: module
+            unwrapped_name(name): module
             for name, module in self.model.named_modules()
             if isinstance(module, EditLinear) and (adapter_name is None or adapter_name in module.edit_delta)
         }
@@ -245,7 +245,8 @@ class EditModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Only this type's tensors, also where a LoRA of the same name stands beside or around the edit."""
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: value for key, value in entries.items() if f".edit_delta.{adapter_name}." in f".{key}"}
+        own = {key: value for key, value in entries.items() if f".edit_delta.{adapter_name}." in f".{key}"}
+        return {unwrapped_name(key): value for key, value in own.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
