@@ -4,6 +4,7 @@ from .collecting import collect_statistics
 from .config import EditConfig
 from .export import ExportedModule, LoraExport, export_lora
 from .facts import Fact, FactError, as_facts
+from .hub import extend_peft_model, fetch_edits
 from .layer import EditLayer, EditLinear
 from .memory import EditMemory, EditRecord
 from .model import EditModel
@@ -31,6 +32,8 @@ __all__ = [
     "as_facts",
     "collect_statistics",
     "export_lora",
+    "fetch_edits",
 ]
 
 register(EditConfig, EditModel, EditModel.prefix)
+extend_peft_model()

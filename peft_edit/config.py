@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -106,10 +108,38 @@ class EditConfig(PeftConfig):
     search_weight_decay: float = field(default=0.5, metadata={"help": "Weight of ||δ|| / ||h||² in the search."})
     search_kl_weight: float = field(default=0.0625, metadata={"help": "Weight of the KL divergence on '{} is a'."})
     search_max_norm: float = field(default=0.75, metadata={"help": "Radius of the ball for δ as a share of ||h||."})
+    lti: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn the Inference: the search also stays close to the model's own answers when it is told the "
+            "new fact in its context."
+        },
+    )
+    lti_final_weight: float = field(
+        default=0.0625, metadata={"help": "With lti: weight of the KL divergence from those answers."}
+    )
+    lti_middle_weight: float = field(
+        default=0.0625,
+        metadata={"help": "With lti: weight of the same for what the subject stands for at a middle block."},
+    )
+    lti_layer: int | None = field(
+        default=None,
+        metadata={"help": "With lti: that block; by default halfway between the last edited and the last one."},
+    )
+    value_norm: float | str = field(
+        default="free",
+        metadata={
+            "help": "'free': searched values as they are. 'anchored' (NAS): rescaled to the mean norm that those of "
+            "the first batch have on the unedited model; a number: to that norm."
+        },
+    )
     num_contexts: int = field(default=5, metadata={"help": "Self-generated prefixes behind which a fact must hold."})
     seed: int = field(default=0, metadata={"help": "Seed of contexts and of sampled statistics."})
     save_memory: bool = field(
         default=True, metadata={"help": "Write the edit memory with the adapter; without it the adapter only infers."}
+    )
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Of the base model; written where the edit memory, which has it too, is not."}
     )
     trainable: bool = field(
         default=False, metadata={"help": "Let optimisers train the delta; an edit is frozen unless this is set."}
@@ -168,10 +198,29 @@ class EditConfig(PeftConfig):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
-        for name in ("search_weight_decay", "search_kl_weight"):
+        for name in ("search_weight_decay", "search_kl_weight", "lti_final_weight", "lti_middle_weight"):
             value = getattr(self, name)
             if not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+        self._check_values_of_a_search()
+
+    def _check_values_of_a_search(self) -> None:
+        """What regularises searched values, and that there are any."""
+        if self.lti and not (self.lti_final_weight or self.lti_middle_weight):
+            raise ValueError("lti=True needs lti_final_weight or lti_middle_weight above 0.")
+        layer = self.lti_layer
+        if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
+            raise ValueError(f"lti_layer must be None or the index of a block, got {layer!r}.")
+        norm = self.value_norm
+        if norm not in ("free", "anchored") and not (_is_number(norm) and norm > 0):  # type: ignore[operator]
+            raise ValueError(f"value_norm must be 'free', 'anchored' or a number > 0, got {norm!r}.")
+        if UPDATES[self.update].from_gradients:
+            for name, unset in (("lti", False), ("value_norm", "free")):
+                if getattr(self, name) != unset:
+                    raise ValueError(
+                        f"The update {self.update!r} searches no values, so {name}={getattr(self, name)!r} cannot "
+                        "act on any: leave it out, or choose another update."
+                    )
 
     @property
     def refinement_rounds(self) -> int:
@@ -221,6 +270,8 @@ class EditConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json` and, unless `save_memory` is off, the edit memory beside it."""
+        if self.memory is not None and not self.save_memory:
+            self.base_fingerprint = dict(self.memory.statistics.fingerprint)
         super().save_pretrained(save_directory, **kwargs)
         if self.memory is not None and self.save_memory:
             self.memory.save(save_directory)
@@ -260,17 +311,51 @@ def check_weights_file(path: Path) -> None:
 
 
 def find_memory(name_or_path: str | os.PathLike, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path | None:
-    """The local directory of an adapter's memory files, fetched from the Hub where needed; None if it has none."""
+    """The local directory of an adapter's memory files, fetched from the Hub where needed; None if it has none.
+
+    Raises:
+        ConnectionError: if the Hub cannot be asked whether there is a memory.
+        ValueError: if the repository has some of the files only.
+    """
     folder = Path(name_or_path, subfolder or "")
     if folder.is_dir():
         return folder if (folder / MEMORY_FILES[0]).is_file() else None
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         hub_kwargs = {**hub_kwargs, "local_files_only": True}
+    fetch = partial(hf_hub_download, str(name_or_path), subfolder=subfolder, **hub_kwargs)
     try:
-        files = [hf_hub_download(str(name_or_path), name, subfolder=subfolder, **hub_kwargs) for name in MEMORY_FILES]
-    except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
+        first = fetch(MEMORY_FILES[0])
+    except LocalEntryNotFoundError as error:
+        if _known_absent(str(name_or_path), (Path(subfolder or "") / MEMORY_FILES[0]).as_posix(), hub_kwargs):
+            return None
+        if not hub_kwargs.get("local_files_only"):
+            raise ConnectionError(
+                f"The edit memory of '{name_or_path}' is not in the cache and the Hub cannot be reached: check the "
+                "connection and load the adapter again."
+            ) from error
+        warnings.warn(
+            f"The cache holds no edit memory of '{name_or_path}'; if it has one, fetch it online once. The adapter "
+            "is loaded for inference only.",
+            stacklevel=2,
+        )
         return None
-    return Path(files[0]).parent
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return None
+    for name in MEMORY_FILES[1:]:
+        try:
+            fetch(name)
+        except EntryNotFoundError as error:
+            raise ValueError(
+                f"The edit memory of '{name_or_path}' lacks '{name}': fetch it online if it is missing in the cache "
+                "only, else push the adapter again."
+            ) from error
+    return Path(first).parent
+
+
+def _known_absent(repo_id: str, filename: str, hub_kwargs: dict[str, Any]) -> bool:
+    """Whether the cache remembers that the repository has no such file."""
+    asked = {name: hub_kwargs[name] for name in ("cache_dir", "revision") if hub_kwargs.get(name) is not None}
+    return try_to_load_from_cache(repo_id, filename, **asked) is _CACHED_NO_EXIST
 
 
 def _is_number(value: Any) -> bool:

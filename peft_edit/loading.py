@@ -47,17 +47,18 @@ def check_adapter_weights(model: nn.Module, config: EditConfig, adapter_name: st
     extra = [key for key in state_dict if ".edit_" in key and key not in layers]
     if extra:
         raise ValueError(f"The adapter file holds '{extra[0]}', which this model has no place for: {remedy}")
+    by_module = {unwrapped_name(name.removeprefix("base_model.model.")): layer for name, layer in layers.values()}
+    expected = config.base_fingerprint
     if config.memory is not None:
-        by_module = {unwrapped_name(name.removeprefix("base_model.model.")): layer for name, layer in layers.values()}
+        expected = config.memory.statistics.fingerprint
         missing = [name for name in config.memory.statistics.second_moments if name not in by_module]
         if missing:
             raise ValueError(f"The edit memory is about '{missing[0]}', which this adapter does not edit: {remedy}")
+    if expected is not None:
         root = (
             model.get_submodule("base_model.model")
             if hasattr(model, "base_model") and layers and next(iter(layers)).startswith("base_model.model.")
             else model
         )
         actual = model_fingerprint(root, list(by_module))
-        check_fingerprint(
-            config.memory.statistics.fingerprint, actual, "The edits of this adapter", quantised=is_quantised(root)
-        )
+        check_fingerprint(expected, actual, "The edits of this adapter", quantised=is_quantised(root))
