@@ -72,7 +72,7 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-class SynchronisedStages(editing._Stopwatch):
+class SynchronisedStages(editing.Stopwatch):
     """The stopwatch of `edit_facts`, with the GPU's work counted in the stage that asked for it."""
 
     current: SynchronisedStages
@@ -215,7 +215,7 @@ def measure_edit(
     work = Work(model.base_model.model, max(map(block_index, model.edit_layers())))
     reports = []
     reset_peak_memory()
-    with mock.patch.object(editing, "_Stopwatch", SynchronisedStages), work.counting():
+    with mock.patch.object(editing, "Stopwatch", SynchronisedStages), work.counting():
         taken = seconds(
             lambda: reports.append(model.edit_facts(facts, tokenizer, batch_size=len(facts), progress=False))
         )

@@ -59,7 +59,7 @@ def model_and_facts(name: str, count: int, **settings: Any) -> tuple[PeftModel, 
     return model, tokenizer, facts
 
 
-class Stages(editing._Stopwatch):
+class Stages(editing.Stopwatch):
     """The stopwatch of `edit_facts`, open to look at while it runs."""
 
     current: Stages
@@ -119,7 +119,7 @@ def run(
 ) -> tuple[EditReport, Stamps, dict[str, Any]]:
     """The report, the time stamps, and one for the start of the first batch."""
     stamps = Stamps()
-    with mock.patch.object(editing, "_Stopwatch", Stages):
+    with mock.patch.object(editing, "Stopwatch", Stages):
         report = model.edit_facts(facts, tokenizer, tracker=stamps, **options)
     return report, stamps, {"facts": 0, "stages": {}, **Stages.current.prepared}
 

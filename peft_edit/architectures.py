@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -108,7 +110,7 @@ def find_down_projections(model: nn.Module) -> list[str]:
             )
         found = [
             name
-            for name, module in block.named_modules()
+            for name, module in _without_adapters(block)
             if isinstance(module, (nn.Linear, Conv1D)) and not _ATTENTION.search(name) and _outputs(module) == hidden
         ]
         if not found:
@@ -121,7 +123,18 @@ def find_down_projections(model: nn.Module) -> list[str]:
     return names
 
 
-def check_layers(layers: list[int] | int, num_layers: int) -> None:
+def _without_adapters(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The block's modules by name, as if adapters did not wrap some of them."""
+    wrapped = [name for name, module in block.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in block.named_modules():
+        owners = [owner for owner in wrapped if name == owner or name.startswith(f"{owner}.")]
+        if not owners:
+            yield name, module
+        elif isinstance(module, BaseTunerLayer) and name == owners[0]:
+            yield name, module.get_base_layer()
+
+
+def check_layers(layers: Any, num_layers: int) -> None:
     """Raises a ValueError that names the valid range if a layer index is outside it."""
     for layer in [layers] if isinstance(layers, int) else layers:
         if not isinstance(layer, int) or not 0 <= layer < num_layers:

@@ -47,11 +47,11 @@ class EditConfig(PeftConfig):
         metadata={"help": "Modules to edit, as in LoRA; by default the MLP down-projections of the architecture."},
     )
     exclude_modules: Collection[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: list[int] | int | str | None = field(
         default=None,
         metadata={
             "help": "Indices of the blocks to edit; by default an early-middle band where target_modules is not given "
-            "either, else every block."
+            "either, else every block. 'auto': chosen by measurement, see `EditModel.locate_layers`."
         },
     )
     layers_pattern: list[str] | str | None = field(
@@ -158,6 +158,7 @@ class EditConfig(PeftConfig):
         self.memory: EditMemory | None = None
         self.loaded_memory: EditMemory | None = None
         self.in_use = False
+        self.unlocated = False  # the layers are still to be chosen by measurement
         self.given: dict[str, Any] = {}  # what the user wrote, where a model has filled it in
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -165,6 +166,10 @@ class EditConfig(PeftConfig):
                 setattr(self, name, set(value))
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform needs target_modules as a list of names, not as a pattern.")
+        if isinstance(self.layers_to_transform, str) and self.layers_to_transform != "auto":
+            raise ValueError(
+                f"layers_to_transform must be block indices, 'auto' or None, got {self.layers_to_transform!r}."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too.")
         self.check_values()
@@ -234,9 +239,17 @@ class EditConfig(PeftConfig):
         """The update rule with its settings.
 
         Raises:
-            ValueError: if there is no such rule or setting.
+            ValueError: if there is no such rule or setting, or it cannot solve what the edit memory holds.
         """
-        return make_update(self.update, self.update_settings)
+        rule = make_update(self.update, self.update_settings)
+        memory = self.memory
+        if memory is not None and len(memory) and memory.gradients != rule.from_gradients:
+            kinds = ("searched values", "value gradients")
+            raise ValueError(
+                f"The adapter holds {kinds[memory.gradients]} and the update {self.update!r} needs "
+                f"{kinds[rule.from_gradients]}: keep the update that it was edited with, or edit in a new adapter."
+            )
+        return rule
 
     @classmethod
     def from_method(cls, method: str, **settings: Any) -> EditConfig:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,41 +11,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .adapter import base_model, module_reports, module_solution, solve_all, transaction
+from .adapter import module_reports, module_solution, solve_all, transaction
+from .anchoring import anchor_norm, anchored
 from .architectures import block_index, find_blocks
-from .collecting import collect_statistics, sample_texts
-from .facts import Fact, FactError
+from .facts import Fact
 from .forward import FullForward
+from .gradients import FactGradients, read_gradients
 from .hooks import evaluating
 from .lifelong import Run
 from .memory import EditMemory, EditRecord
-from .prompts import FactPrompts, PromptEncoder, context_window, generate_contexts
+from .preparation import encode_facts, prepared_memory, search_settings
+from .prompts import FactPrompts, PromptEncoder, context_window
 from .reading import SubjectReader
 from .report import EditReport, FactReport
 from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
-from .search import SearchResult, SearchSettings, choose_forward, search_targets
+from .search import SearchResult, choose_forward, search_targets
 from .sharded import runnable
 from .statistics import KeyStatistics
+from .stopwatch import Stopwatch
 from .stream import FactStream
 from .workers import Workers
 
 
 if TYPE_CHECKING:
     from .model import EditModel
-
-
-@dataclass
-class _Stopwatch:
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 class FactEditor:
@@ -90,7 +77,7 @@ class FactEditor:
         self.last = list(self.layers)[-1]
         embedding = self.model.get_input_embeddings()
         self.encoder = PromptEncoder(tokenizer, embedding.num_embeddings, context_window(self.model.config))
-        self.watch = _Stopwatch()
+        self.watch = Stopwatch()
         self.forward: FullForward | None = None
         self.workers = Workers.of(self.model)
         self.device = self.layers[self.last].get_delta(adapter_name).device
@@ -99,18 +86,7 @@ class FactEditor:
         self._base_norms: dict[str, float] = {}
         self.paths: dict[str, ResidualPath | None] = {}
         self.given_statistics = statistics
-        self.settings = SearchSettings(
-            early_stopping=self.config.early_stopping,
-            extra_steps=self.config.mpes_extra_steps,
-            steps=self.config.search_steps,
-            optimizer=self.config.search_optimizer,
-            lr=self.config.search_lr,
-            weight_decay=self.config.search_weight_decay,
-            kl_weight=self.config.search_kl_weight,
-            max_norm=self.config.search_max_norm,
-            patience=self.config.patience_steps,
-            slots=search_slots,
-        )
+        self.settings = search_settings(self.config, self.block_of[self.last], len(self.blocks), search_slots)
 
     def run(self, stream: FactStream, run: Run) -> EditReport:
         """Edits a stream of facts batch by batch; see `EditModel.edit_facts`."""
@@ -175,24 +151,7 @@ class FactEditor:
     # --- before the first batch ----------------------------------------------------------------------------------
 
     def _prepared_memory(self) -> EditMemory:
-        """The adapter's memory, or a new one; with statistics and contexts, and checked against the model."""
-        memory = self.config.memory
-        statistics = self.given_statistics or (memory.statistics if memory is not None else None)
-        if statistics is None:
-            statistics = self._sampled_statistics()
-        statistics.check(self.model, list(self.layers))
-        statistics = (
-            statistics.subset(list(self.layers)) if set(statistics.second_moments) != set(self.layers) else statistics
-        )
-        if memory is None:
-            memory = EditMemory(statistics=statistics)
-        elif statistics is not memory.statistics:
-            memory = memory.with_statistics(statistics)
-        if memory.contexts is None:
-            with base_model(self.tuner) as model:
-                contexts = generate_contexts(model, self.tokenizer, self.config.num_contexts, self.config.seed)
-            memory = memory.with_contexts(contexts)
-        return memory
+        return prepared_memory(self.tuner, self.adapter_name, self.tokenizer, self.given_statistics)
 
     def _adopt(self, memory: EditMemory) -> None:
         """Makes the prepared memory the adapter's; under new statistics what it holds is solved again."""
@@ -202,33 +161,8 @@ class FactEditor:
         else:
             self.config.memory = memory
 
-    def _sampled_statistics(self) -> KeyStatistics:
-        widest = max(layer.in_features for layer in self.layers.values())
-        warnings.warn(
-            f"No key statistics were given: sampling {10 * widest} tokens of text from the model itself. For the best "
-            "locality collect them once from ordinary text: collect_statistics(texts, tokenizer).",
-            stacklevel=2,
-        )
-        with base_model(self.tuner) as model:
-            texts = sample_texts(model, self.tokenizer, 10 * widest, seed=self.config.seed)
-            return collect_statistics(model, self.tokenizer, texts, list(self.layers), source="sampled from the model")
-
     def _encode(self, facts: Sequence[Fact]) -> list[FactPrompts]:
-        """The facts as token sequences; nothing is edited if one of them cannot be."""
-        ids = {record.id: record for record in self.held.values()}
-        encoded = []
-        for index, fact in enumerate(facts):
-            record = ids.get(fact.fact_id)
-            if record is not None and record.key != fact.key:
-                raise FactError(
-                    f"Nothing was edited, fact {index} has the id {fact.fact_id!r}, under which the adapter holds "
-                    f"another fact ({record.prompt!r} on {record.subject!r}): choose another id."
-                )
-            try:
-                encoded.append(self.encoder.encode_fact(fact, self.contexts))
-            except FactError as error:
-                raise FactError(f"Nothing was edited, fact {index}: {error}") from None
-        return encoded
+        return encode_facts(self.encoder, facts, self.contexts, self.held.values(), self.settings.infers)
 
     def _path(self, name: str, prompts: FactPrompts) -> ResidualPath | None:
         if name not in self.paths:
@@ -273,12 +207,14 @@ class FactEditor:
             with self.watch("solve"):
                 solve_all(self.tuner, self.adapter_name, self.config.memory.without(outdated))
         with self.watch("search"):
-            found = self._search(prompts, advance)
+            found = self._found(prompts, advance)
         written = self._usable(facts, found)
         kept = [index for index, good in enumerate(written) if good]
         records: list[EditRecord] = []
         if kept:
-            records = self._write([facts[i] for i in kept], [prompts[i] for i in kept], found.of(kept))
+            chosen = [prompts[i] for i in kept]
+            usable = self._anchored(chosen, found.of(kept)) if isinstance(found, SearchResult) else found.of(kept)
+            records = self._write([facts[i] for i in kept], chosen, usable)
         with self.watch("check"):
             bare = [fact.rows[0] for fact in prompts]
             log_probability, greedy = self.score([(row.ids[: row.prompt_length], row.target_ids) for row in bare])
@@ -303,6 +239,46 @@ class FactEditor:
             for index, fact in enumerate(facts)
         ]
 
+    def _found(self, prompts: Sequence[FactPrompts], advance: Any) -> SearchResult | FactGradients:
+        """What the update rule edits from: searched targets, or gradients."""
+        if not self.config.update_rule().from_gradients:
+            return self._search(prompts, advance)
+        if len(prompts) + len(self.held) < 2:
+            raise ValueError(
+                f"The update {self.config.update!r} measures by how much facts differ, and there is only one: begin "
+                "with a batch of at least two."
+            )
+
+        def read(own: list[int]) -> Sequence[torch.Tensor]:
+            gradients = read_gradients(self.model, self.layers, [prompts[place] for place in own])
+            advance(len(own))
+            return gradients.tensors()
+
+        return FactGradients.from_tensors(self.workers.rows(len(prompts), read))
+
+    def _anchored(self, prompts: Sequence[FactPrompts], found: SearchResult) -> SearchResult:
+        """The found values at the norm that the config asks for; the first batch sets the anchor."""
+        memory, anchor = self.config.memory, self.config.value_norm
+        if anchor == "free":
+            return found
+        if anchor == "anchored":
+            if memory.anchor is None:
+                pilot = self._search_unedited(prompts) if len(memory) else found
+                memory = self.config.memory = memory.with_anchor(anchor_norm(pilot))
+            anchor = memory.anchor
+        return anchored(found, anchor, self.paths[self.last] or ResidualPath())
+
+    def _search_unedited(self, prompts: Sequence[FactPrompts]) -> SearchResult:
+        """As `_search`, without what this adapter has written."""
+        deltas = {name: layer.get_delta(self.adapter_name) for name, layer in self.layers.items()}
+        try:
+            for name, layer in self.layers.items():
+                layer.set_delta(self.adapter_name, torch.zeros_like(deltas[name]))
+            return self._search(prompts, lambda _count: None)
+        finally:
+            for name, layer in self.layers.items():
+                layer.set_delta(self.adapter_name, deltas[name])
+
     def _search(self, prompts: Sequence[FactPrompts], advance: Any) -> SearchResult:
         def search(own: list[int]) -> Sequence[torch.Tensor]:
             chosen = [prompts[place] for place in own]
@@ -320,7 +296,7 @@ class FactEditor:
         log_probability, greedy = self.workers.rows(len(pairs), score)
         return log_probability, greedy
 
-    def _usable(self, facts: Sequence[Fact], found: SearchResult) -> list[bool]:
+    def _usable(self, facts: Sequence[Fact], found: SearchResult | FactGradients) -> list[bool]:
         failed = [bool(flag) for flag in found.failed]
         if all(failed) and not bool(found.steps.any()):
             raise ValueError(
@@ -338,19 +314,25 @@ class FactEditor:
             warnings.warn(message + " They were not written.", stacklevel=2)
         return [not flag for flag in failed]
 
-    def _write(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], found: SearchResult) -> list[EditRecord]:
+    def _write(
+        self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], found: SearchResult | FactGradients
+    ) -> list[EditRecord]:
         """Spreads the wanted change over the edited layers as MEMIT does (arXiv 2210.07229, algorithm 1)."""
         memory = self.config.memory
-        own = self.workers.share(len(facts))
+        own = self.workers.share(len(facts)) if isinstance(found, SearchResult) else []
         reader = SubjectReader(self.model, self.blocks, [prompts[place].rows for place in own]) if own else None
         pairs, solutions = {}, {}
         for index, (name, layer) in enumerate(self.layers.items()):
             with self.watch("keys"):
-                row_keys, increments = self._wanted(index, len(facts), reader, found)
                 delta = layer.get_delta(self.adapter_name)
-                kept_dtype = row_keys.dtype if row_keys.dtype.itemsize == 2 else delta.dtype
-                keys = _fact_keys(row_keys.to(found.targets.dtype)).to(delta.device, kept_dtype)
-                values = (keys.to(delta) @ delta.T + increments.to(delta)).to(kept_dtype)
+                if isinstance(found, FactGradients):
+                    kept_dtype = _kept_dtype(found.keys[index], delta)
+                    keys, values = found.keys[index].to(delta.device, kept_dtype), found.gradients[index].to(delta)
+                else:
+                    row_keys, increments = self._wanted(index, len(facts), reader, found)
+                    kept_dtype = _kept_dtype(row_keys, delta)
+                    keys = _fact_keys(row_keys.to(found.targets.dtype)).to(delta.device, kept_dtype)
+                    values = (keys.to(delta) @ delta.T + increments.to(delta)).to(kept_dtype)
             with self.watch("solve"):
                 known = module_solution(self.tuner, self.adapter_name, name, memory)
                 solution, values = known.add(keys, values, self.config.refinement_rounds)
@@ -362,7 +344,7 @@ class FactEditor:
             EditRecord(fact.fact_id, fact.subject, fact.prompt, fact.target, now, memory.batches + 1, fact.target_true)
             for fact in facts
         ]
-        self.config.memory = memory.append(records, pairs, solutions)
+        self.config.memory = memory.append(records, pairs, solutions, isinstance(found, FactGradients))
         return records
 
     def _wanted(
@@ -394,6 +376,11 @@ class FactEditor:
 
         row_keys, increments = self.workers.rows(count, read)
         return row_keys, increments
+
+
+def _kept_dtype(keys: torch.Tensor, delta: torch.Tensor) -> torch.dtype:
+    """What pairs are kept in: 16 bit where the model computes so, else as the delta."""
+    return keys.dtype if keys.dtype.itemsize == 2 else delta.dtype
 
 
 def _fact_keys(row_keys: torch.Tensor) -> torch.Tensor:

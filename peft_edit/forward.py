@@ -69,7 +69,7 @@ class FullForward:
         self.rows = rows
         every = torch.arange(len(rows.ids), device=rows.ids.device)
         with torch.no_grad():
-            states = self._in_buckets(rows.lengths, every, self._base_states)
+            states = self.in_buckets(rows.lengths, every, self._base_states)
         return self._keep_base(states)
 
     def _keep_base(self, states: Sequence[torch.Tensor]) -> BaseStates:
@@ -78,7 +78,7 @@ class FullForward:
         self.base = BaseStates(hidden[::rows], output[::rows], keys.unflatten(0, (-1, rows))[:, :-1])
         return self.base
 
-    def _in_buckets(
+    def in_buckets(
         self, lengths: torch.Tensor, index: torch.Tensor, run: Callable[[torch.Tensor], Sequence[torch.Tensor]]
     ) -> list[torch.Tensor]:
         """What `run` makes of the rows, in few passes with little padding, in the order of `index`."""
@@ -105,7 +105,7 @@ class FullForward:
         """Output of the edited block and module, and the first module's input, at the subject of each row."""
         mask = self._mask(self.rows.lengths[index])
         with self._reading() as seen:
-            self._run(self.rows.ids[index, : mask.shape[1]], mask)
+            self.run(self.rows.ids[index, : mask.shape[1]], mask)
         shape = seen["block"].shape[:2]
         rows, subject = torch.arange(len(index), device=index.device), self.rows.subject[index]
         return [_at(seen[name].reshape(*shape, -1), rows, subject) for name in ("block", "module", "keys")]
@@ -153,6 +153,7 @@ class FullForward:
         state, shift = self._gather(chosen)
         slots = places // rows.rows_per_fact
         return Part(
+            rows=places,
             row_slots=slots,
             read_rows=read_rows,
             read_columns=columns - shift[read_rows],
@@ -194,7 +195,12 @@ class FullForward:
             ).reshape(shape)
 
         with on_output(self.module, add), self._head_at(part):
-            return self._run(ids, self._mask(lengths))
+            return self.run(ids, self._mask(lengths))
+
+    def at_subjects(self, part: Part, hidden: torch.Tensor) -> torch.Tensor:
+        """Of hidden states (n, tokens, d_model) of that pass, those at each row's subject: (n, d_model)."""
+        ids, _, subject = part.state
+        return _at(hidden, torch.arange(len(ids)), subject)
 
     # --- shared ------------------------------------------------------------------------------------------------
 
@@ -202,7 +208,7 @@ class FullForward:
     def _mask(lengths: torch.Tensor) -> torch.Tensor:
         return (torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]).long()
 
-    def _run(
+    def run(
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
@@ -228,6 +234,29 @@ class FullForward:
 
         return on_input(self.model.get_output_embeddings(), gather)
 
+    # --- standing in for blocks --------------------------------------------------------------------------------
+
+    @contextmanager
+    def learning_output_form(self, block: int) -> Iterator[None]:
+        """While the model runs: how its blocks return their output, which `as_block` needs to know."""
+
+        def learn(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._output_form = (None,) * len(output) if isinstance(output, tuple) else None
+
+        handle = self.blocks[block].register_forward_hook(learn)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def pass_through(self, *args: Any, **kwargs: Any) -> Any:
+        """A block's forward that changes nothing."""
+        return self.as_block(args[0] if args else kwargs["hidden_states"])
+
+    def as_block(self, hidden: torch.Tensor) -> Any:
+        """Blocks return a tensor or a tuple that begins with it, depending on the architecture."""
+        return like_output(self._output_form, hidden)
+
 
 class SplitForward(FullForward):
     """Only the positions and the blocks that depend on the increment; needs a known residual path."""
@@ -236,31 +265,27 @@ class SplitForward(FullForward):
         """As `FullForward.prepare`; what is before the subject and equal in all facts is run once."""
         self.rows = rows
         every = torch.arange(len(rows.ids), device=rows.ids.device)
-        handle = self.blocks[self.block_index].register_forward_hook(self._learn_output_form)
-        try:
-            with torch.no_grad():
-                shared = self._run_prefix(rows.ids[: rows.rows_per_fact], rows.shared, None)
+        with torch.no_grad(), self.learning_output_form(self.block_index):
+            shared = self._run_prefix(rows.ids[: rows.rows_per_fact], rows.shared, None)
 
-                def own(index: torch.Tensor) -> Sequence[torch.Tensor]:
-                    before = shared.rows(index % rows.rows_per_fact)
-                    prefix = self._run_prefix(rows.ids[index], rows.subject[index], before)
-                    return (prefix.mask, *prefix.states)
+            def own(index: torch.Tensor) -> Sequence[torch.Tensor]:
+                before = shared.rows(index % rows.rows_per_fact)
+                prefix = self._run_prefix(rows.ids[index], rows.subject[index], before)
+                return (prefix.mask, *prefix.states)
 
-                shared_lengths = rows.shared.repeat(len(every) // rows.rows_per_fact)
-                mask, *states = self._in_buckets(rows.subject - shared_lengths, every, own)
-                self.prefix = Prefix(mask, states)
-                *base, self.hidden, self.module_output = self._in_buckets(
-                    rows.lengths - rows.subject, every, self._suffix_states
-                )
-        finally:
-            handle.remove()
+            shared_lengths = rows.shared.repeat(len(every) // rows.rows_per_fact)
+            mask, *states = self.in_buckets(rows.subject - shared_lengths, every, own)
+            self.prefix = Prefix(mask, states)
+            *base, self.hidden, self.module_output = self.in_buckets(
+                rows.lengths - rows.subject, every, self._suffix_states
+            )
         self.prefix = self.prefix.above(self.block_index)
         return self._keep_base(base)
 
     def _suffix_states(self, index: torch.Tensor) -> Sequence[torch.Tensor]:
         ids, mask, positions, prefix = self._suffix(index)
         with self._reading() as seen:
-            self._run(ids, mask, positions, prefix.cache())
+            self.run(ids, mask, positions, prefix.cache())
         hidden = seen["block"]
         output, keys = (seen[name].reshape(*hidden.shape[:2], -1)[:, 0] for name in ("module", "keys"))
         return [hidden[:, 0], output, keys, hidden, output]
@@ -283,9 +308,6 @@ class SplitForward(FullForward):
         mlp: Any = self.blocks[-1].get_submodule(parent) if parent else None
         return mlp if mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1 else None
 
-    def _learn_output_form(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self._output_form = (None,) * len(output) if isinstance(output, tuple) else None
-
     def _run_prefix(self, ids: torch.Tensor, until: torch.Tensor, before: Prefix | None) -> Prefix:
         """Keys and values of every block for the tokens of `ids` (n, T) up to `until` (n,), going on from `before`."""
         start = before.lengths if before is not None else torch.zeros_like(until)
@@ -304,7 +326,7 @@ class SplitForward(FullForward):
 
         with on_output(self.blocks[-1], stop):
             with until_stopped(self.model):
-                self._run(ids, visible.long(), positions, cache)
+                self.run(ids, visible.long(), positions, cache)
         return Prefix.of(cache, whole)
 
     def _run_lengths(self, index: torch.Tensor) -> torch.Tensor:
@@ -324,13 +346,15 @@ class SplitForward(FullForward):
         moved = torch.cat([hidden[:, :1] + change[:, None], hidden[:, 1:]], dim=1)
         with ExitStack() as stack:
             for block in self.blocks[: self.block_index]:
-                stack.enter_context(replaced_forward(block, self._pass_through))
-            stack.enter_context(
-                replaced_forward(self.blocks[self.block_index], lambda *_, **__: self._as_block(moved))
-            )
+                stack.enter_context(replaced_forward(block, self.pass_through))
+            stack.enter_context(replaced_forward(self.blocks[self.block_index], lambda *_, **__: self.as_block(moved)))
             stack.enter_context(self._head_at(part))
             stack.enter_context(self._last_mlp_at(part, ids.shape))
-            return self._run(ids, mask, positions, prefix.cache(blocks_below=self.block_index + 1))
+            return self.run(ids, mask, positions, prefix.cache(blocks_below=self.block_index + 1))
+
+    def at_subjects(self, part: Part, hidden: torch.Tensor) -> torch.Tensor:
+        """As `FullForward.at_subjects`; each row begins with the subject's last token."""
+        return hidden[:, 0]
 
     @contextmanager
     def _last_mlp_at(self, part: Part, shape: torch.Size) -> Iterator[None]:
@@ -349,13 +373,6 @@ class SplitForward(FullForward):
 
         with on_input(mlp, gather), on_output(mlp, scatter):
             yield
-
-    def _pass_through(self, *args: Any, **kwargs: Any) -> Any:
-        return self._as_block(args[0] if args else kwargs["hidden_states"])
-
-    def _as_block(self, hidden: torch.Tensor) -> Any:
-        """Blocks return a tensor or a tuple that begins with it, depending on the architecture."""
-        return like_output(self._output_form, hidden)
 
 
 def _window(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,7 @@ def check_adapter_weights(model: nn.Module, config: EditConfig, adapter_name: st
     if extra:
         raise ValueError(f"The adapter file holds '{extra[0]}', which this model has no place for: {remedy}")
     by_module = {unwrapped_name(name.removeprefix("base_model.model.")): layer for name, layer in layers.values()}
-    expected = config.base_fingerprint
+    expected: Mapping[str, Any] | None = config.base_fingerprint
     if config.memory is not None:
         expected = config.memory.statistics.fingerprint
         missing = [name for name in config.memory.statistics.second_moments if name not in by_module]

@@ -95,6 +95,8 @@ class EditMemory:
         batches (`int`): Batches written so far (removed facts do not lower it).
         anchor (`float`, *optional*): The norm that values are rescaled to (`value_norm="anchored"`); None until it has
             been measured.
+        gradients (`bool`): Whether values are gradients of the loss with respect to the module's output (update rules
+            `from_gradients`), not outputs.
     """
 
     statistics: KeyStatistics
@@ -103,6 +105,7 @@ class EditMemory:
     pairs: Mapping[str, tuple[Pairs, ...]] = field(default_factory=dict, repr=False)
     batches: int = 0
     anchor: float | None = None
+    gradients: bool = False
     _solutions: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _equations: Mapping[str, NormalEquations] = field(default_factory=dict, repr=False, compare=False)
     _marks: Mapping[str, FactoredMark] = field(default_factory=dict, repr=False, compare=False)
@@ -203,7 +206,11 @@ class EditMemory:
         return replace(self, statistics=statistics, _marks=marks)
 
     def append(
-        self, records: Sequence[EditRecord], pairs: Mapping[str, Pairs], solutions: Mapping[str, Any]
+        self,
+        records: Sequence[EditRecord],
+        pairs: Mapping[str, Pairs],
+        solutions: Mapping[str, Any],
+        gradients: bool = False,
     ) -> EditMemory:
         """The memory with one more batch and the solutions that include it."""
         return replace(
@@ -211,6 +218,7 @@ class EditMemory:
             records=self.records + tuple(records),
             pairs={name: (*self.pairs.get(name, ()), batch) for name, batch in pairs.items()},
             batches=self.batches + 1,
+            gradients=gradients,
             _solutions=dict(solutions),
             _equations={},
             _marks={},
@@ -265,6 +273,11 @@ class EditMemory:
             raise ValueError("The edit memories belong to different modules and cannot be added up.")
         if not other.records:
             return self
+        if self.records and self.gradients != other.gradients:
+            raise ValueError(
+                "One edit memory holds values and the other value gradients (of an update rule that searches none); "
+                "they cannot be solved together: combine the adapters with combination_type='linear'."
+            )
         shift = self.batches
         moved = tuple(replace(record, batch=record.batch + shift) for record in other.records)
         return EditMemory(
@@ -274,6 +287,7 @@ class EditMemory:
             {name: self.pairs.get(name, ()) + batches for name, batches in other.pairs.items()},
             self.batches + other.batches,
             self.anchor if self.anchor is not None else other.anchor,
+            other.gradients,
         )
 
     # --- files -------------------------------------------------------------------------------------------------
@@ -294,6 +308,7 @@ class EditMemory:
             "batches": self.batches,
             "contexts": self.contexts,
             "anchor": self.anchor,
+            "gradients": self.gradients,
             "modules": sorted(self.statistics.second_moments),
             "factored": {name: asdict(mark) for name, mark in self._current_marks().items()},
         }
@@ -323,7 +338,7 @@ class EditMemory:
             version, count = about["format_version"], about["facts"]
             contexts, batches = about["contexts"], about["batches"]
             contexts = None if contexts is None else tuple(contexts)
-            anchor = about.get("anchor")  # not written by the first release
+            anchor, gradients = about.get("anchor"), bool(about.get("gradients"))  # not in files of the first release
             anchor = None if anchor is None else float(anchor)
             marks = {
                 name: FactoredMark(tuple(mark["sums"]), float(mark["norm_penalty"]), tuple(mark["penalties"]))
@@ -349,7 +364,7 @@ class EditMemory:
         if any(not mark.sums or not ends.issuperset(mark.sums) or len(mark.penalties) != 4 for mark in marks.values()):
             raise _broken(folder / MEMORY_JSON, "its factorisations do not end where a batch does")
         pairs = _load_pairs(folder / MEMORY_TENSORS, statistics, sizes)
-        return cls(statistics, contexts, records, pairs, batches, anchor, _marks=marks)
+        return cls(statistics, contexts, records, pairs, batches, anchor, gradients, _marks=marks)
 
 
 def _load_pairs(path: Path, statistics: KeyStatistics, sizes: Sequence[int]) -> dict[str, tuple[Pairs, ...]]:

@@ -60,4 +60,14 @@ METHODS: Mapping[str, Method] = {
         "arXiv 2405.16821",
         {**_ALL_STEPS, "norm_penalty": 0.0, "update": "restrained"},
     ),
+    "nas": Method(
+        "as alphaedit, every searched value rescaled to its norm on the unedited model",
+        "arXiv 2602.02543",
+        {**_ALL_STEPS, "update": "null_space", "value_norm": "anchored"},
+    ),
+    "ultraedit": Method(
+        "no search: value gradients normalised by statistics of all facts so far, ridge on the batch alone",
+        "arXiv 2505.14679",
+        {"update": "normalized", "preservation_weight": 0.0, "norm_penalty": 1.0, "refinements": 0},
+    ),
 }

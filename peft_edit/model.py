@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
@@ -33,9 +33,14 @@ from .layer import EditLayer, EditLinear, unwrapped_name
 from .lifelong import Run, Tracker
 from .loading import check_adapter_weights
 from .memory import EditMemory, EditRecord
+from .placing import check_located, locate_and_move
 from .report import EditReport
 from .statistics import KeyStatistics
 from .stream import FactStream
+
+
+if TYPE_CHECKING:
+    from .analysis import LocateReport
 
 
 class EditModel(BaseTuner):
@@ -68,6 +73,11 @@ class EditModel(BaseTuner):
         """Fills in modules and layers that the user left open."""
         places = ("target_modules", "layers_to_transform", "layers_pattern")
         peft_config.given = {name: getattr(peft_config, name) for name in places}
+        if peft_config.layers_to_transform == "auto":  # in the usual place until there are facts to measure with
+            peft_config.unlocated = True
+            peft_config.layers_to_transform = default_layers(
+                len(find_blocks(self.model)[1]), model_config.get("model_type", "custom")
+            )
         if peft_config.target_modules is None:
             model_type = model_config.get("model_type", "custom")
             names = TARGET_MODULES.get(model_type) or find_down_projections(self.model)
@@ -316,6 +326,9 @@ class EditModel(BaseTuner):
             batch_size = self.peft_config[name].update_rule().batch_size
         check_counts(batch_size=(batch_size, 1), search_slots=(search_slots, 0), save_steps=(save_steps, 1))
         stream = FactStream(facts, batch_size)
+        if self.peft_config[name].unlocated and stream.whole is not None and statistics is None:
+            self.locate_layers(stream.whole, tokenizer, adapter_name=name, tracing=False)
+        check_located(self, name, "editing a stream or giving statistics")
         self.peft_config[name].check_values()
         editor = FactEditor(
             self,
@@ -328,6 +341,26 @@ class EditModel(BaseTuner):
             progress=progress,
         )
         return editor.run(stream, Run(output_dir, save_steps, resume_from_checkpoint, tracker, probes))
+
+    def locate_layers(
+        self, facts: Any, tokenizer: Any, count: int | None = None, adapter_name: str | None = None, **options: Any
+    ) -> LocateReport:
+        """Chooses the layers to edit by measurement and moves the adapter, which must be empty, there.
+
+        Args:
+            facts: Facts that the base model knows (their `target_true`, or what it answers).
+            tokenizer: The model's tokenizer.
+            count (`int`, *optional*): How many neighbouring layers; by default as many as are usual for the depth.
+            adapter_name (`str`, *optional*): The adapter; by default the active one.
+            options: Further arguments of `peft_edit.analysis.locate_layers`.
+
+        Returns:
+            `LocateReport`: The ranking; with `tracing=True` (the default) also the heat map of causal tracing.
+
+        Raises:
+            ValueError: if the adapter holds facts or statistics of its present layers.
+        """
+        return locate_and_move(self, facts, tokenizer, count, adapter_name, **options)
 
     def edited_facts(self, adapter_name: str | None = None) -> list[EditRecord]:
         """The facts that the adapter holds, oldest first."""
@@ -391,6 +424,7 @@ class EditModel(BaseTuner):
             `KeyStatistics`
         """
         name = editable_adapter(self, adapter_name)
+        check_located(self, name, "collecting statistics")
         with base_model(self) as model:
             statistics = collect_statistics(model, tokenizer, texts, list(self.edit_layers(name)), **options)
         self.set_statistics(statistics, name)
@@ -399,6 +433,7 @@ class EditModel(BaseTuner):
     def set_statistics(self, statistics: KeyStatistics, adapter_name: str | None = None) -> None:
         """Gives key statistics to the adapter; facts that it holds are solved again under them."""
         name = editable_adapter(self, adapter_name)
+        check_located(self, name, "giving statistics")
         modules = list(self.edit_layers(name))
         statistics.check(self.model, modules)
         statistics = statistics.subset(modules)

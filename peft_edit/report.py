@@ -139,6 +139,12 @@ class EditReport:
         more = [f"… and {len(self.facts) - most} more facts"] if len(self.facts) > most else []
         return "\n".join([_table(head, rows), *more])
 
+    def plot(self, budget: float | None = None, ax: Any = None) -> Any:
+        """||Δ||_F / ||W0||_F of each module over the batches, as a figure; see `peft_edit.analysis.plot_norms`."""
+        from .analysis import plot_norms
+
+        return plot_norms(self, budget, ax)
+
     def _module_table(self) -> str:
         rows = [
             (

@@ -132,6 +132,7 @@ class Part:
     """Rows of one view that are run together, being of similar length.
 
     Args:
+        rows (`torch.LongTensor`): (n,) the row in the view, of A * R, of each row here.
         row_slots (`torch.LongTensor`): (n,) the place in the view of each row's fact.
         read_rows (`torch.LongTensor`), read_columns (`torch.LongTensor`): (M,) hidden states that reach the head:
             first those that predict a target token, then those after an essence prompt.
@@ -141,6 +142,7 @@ class Part:
         state: What the forward pass needs besides.
     """
 
+    rows: torch.Tensor
     row_slots: torch.Tensor
     read_rows: torch.Tensor
     read_columns: torch.Tensor

@@ -1,10 +1,8 @@
 """The target search: for each fact, the increment at the subject's last token that makes the model say the target.
 
-The objective is that of ROME and MEMIT (arXiv 2202.05262, eq. 4; arXiv 2210.07229, eq. 16): mean negative
-log-likelihood of the target over the contexts, plus the KL divergence on the essence prompt, plus a weight decay,
-inside a ball. Most-Probable Early Stopping (MPES, arXiv 2502.01636, section 4.1) ends a fact's search once every
-token of its target is the most probable one in every context. Facts are independent, so many are searched at once, and
-a fact that stops leaves its place to the next.
+What is minimised, inside a ball, is in `objective.py`. Most-Probable Early Stopping (MPES, arXiv 2502.01636, section
+4.1) ends a fact's search once every token of its target is the most probable one in every context. Facts are
+independent, so many are searched at once, and a fact that stops leaves its place to the next.
 """
 
 from __future__ import annotations
@@ -19,6 +17,8 @@ import torch
 from torch import nn
 
 from .forward import FullForward, SplitForward
+from .in_context import InContextPrompts, Inference
+from .objective import Objective
 from .prompts import FactPrompts
 from .residual import ResidualPath
 from .rows import SearchRows, View
@@ -50,6 +50,9 @@ class SearchSettings:
         patience (`int`): With MPES: steps without a gain of `LEAST_GAIN` after which a fact that does not converge is
             given up; 0 for never.
         slots (`int`): Facts searched at the same time; 0 for as many as the memory allows.
+        final_weight (`float`): LTI: factor of the divergence from the answers with the fact in context.
+        middle_weight (`float`): LTI: the same of the subject's representation at a middle block.
+        middle_block (`int`, *optional*): LTI: that block; by default halfway between the edited and the last one.
     """
 
     early_stopping: str = "mpes"
@@ -62,6 +65,14 @@ class SearchSettings:
     max_norm: float = 0.75
     patience: int = 4
     slots: int = 0
+    final_weight: float = 0.0
+    middle_weight: float = 0.0
+    middle_block: int | None = None
+
+    @property
+    def infers(self) -> bool:
+        """Whether the search needs the model's own answers with the facts in context (LTI)."""
+        return self.final_weight > 0 or self.middle_weight > 0
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class SearchResult:
         probability (`torch.Tensor`): (F,) probability of the target (geometric mean over its tokens, mean over
             contexts) at the last evaluation.
         failed (`torch.BoolTensor`): (F,) the objective was not finite.
+        outputs (`torch.Tensor`): (F, d_model), of the last edited module for the bare prompt, without the increment.
     """
 
     increments: torch.Tensor
@@ -87,6 +99,7 @@ class SearchResult:
     converged: torch.Tensor
     probability: torch.Tensor
     failed: torch.Tensor
+    outputs: torch.Tensor
 
     def tensors(self) -> list[torch.Tensor]:
         """The fields, in order."""
@@ -149,7 +162,7 @@ def search_targets(
 
     Args:
         forward (`FullForward`): How the model is run, from `choose_forward`.
-        prompts (`Sequence[FactPrompts]`): The facts as token sequences.
+        prompts (`Sequence[FactPrompts]`): The facts as token sequences; for LTI `InContextPrompts`.
         settings (`SearchSettings`): Settings of the objective and the optimiser.
         on_finished (`Callable[[int], None]`, *optional*): Called with the number of facts that have just finished.
 
@@ -158,10 +171,17 @@ def search_targets(
 
     Raises:
         torch.OutOfMemoryError: if not even one fact at a time fits.
+        ValueError: for LTI, if prompts are no `InContextPrompts`.
     """
     order = sorted(range(len(prompts)), key=lambda i: _suffix_length(prompts[i]))
     forward.prepare(SearchRows.from_prompts([prompts[i] for i in order], _input_device(forward.model)))
-    found = _Search(forward, settings, on_finished).run()
+    inference = None
+    if settings.infers:
+        told = [each for i in order if isinstance(each := prompts[i], InContextPrompts)]
+        if len(told) < len(order):
+            raise ValueError("LTI compares with prompts that tell the fact: encode facts with encode_in_context.")
+        inference = Inference(forward, told, settings.final_weight, settings.middle_weight, settings.middle_block)
+    found = _Search(forward, settings, on_finished, inference).run()
     original = torch.empty(len(order), dtype=torch.long)
     original[torch.tensor(order)] = torch.arange(len(order))
     return SearchResult(*(tensor[original.to(tensor.device)] for tensor in found))
@@ -200,7 +220,11 @@ class _Search:
     """
 
     def __init__(
-        self, forward: FullForward, settings: SearchSettings, on_finished: Callable[[int], None] | None
+        self,
+        forward: FullForward,
+        settings: SearchSettings,
+        on_finished: Callable[[int], None] | None,
+        inference: Inference | None,
     ) -> None:
         self.forward = forward
         self.settings = settings
@@ -214,7 +238,7 @@ class _Search:
             self.unit = self.path.unit(base.module_output).to(self.device, self.dtype)
         self.length = base.hidden.to(self.dtype).norm(dim=-1, keepdim=True)
         self.count = count = len(base.hidden)
-        self.slots = settings.slots or slots_that_fit(forward)
+        self.slots = settings.slots or slots_that_fit(forward, settings.infers)
         make: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         self.delta, self.mean, self.square = (torch.zeros(count, base.hidden.shape[-1], **make) for _ in range(3))
         self.steps = torch.zeros(count, dtype=torch.long, device=self.device)
@@ -224,8 +248,7 @@ class _Search:
         self.converged = torch.zeros(count, dtype=torch.bool, device=self.device)
         self.failed = torch.zeros_like(self.converged)
         self.probability = torch.zeros(count, **make)
-        # Of each fact, what follows the essence prompt without an increment: seen at its first evaluation.
-        self.essence: dict[int, torch.Tensor] = {}
+        self.objective = Objective(forward, settings, self.unit, self.length, inference)
 
     def run(self) -> tuple[torch.Tensor, ...]:
         waiting = list(range(self.count))
@@ -236,6 +259,7 @@ class _Search:
                 free = self.slots - len(active)
                 active, waiting, view = active + waiting[:free], waiting[free:], None
             if view is None:
+                self.objective.begin(active)
                 facts = torch.tensor(active, device=self.forward.rows.ids.device)
                 view = self.forward.view(facts)
             try:
@@ -250,9 +274,7 @@ class _Search:
                     torch.cuda.empty_cache()
                 continue
             if any(finished):
-                for fact, done in zip(active, finished):
-                    if done:
-                        del self.essence[fact]
+                self.objective.forget([fact for fact, done in zip(active, finished) if done])
                 active, view = [fact for fact, done in zip(active, finished) if not done], None
                 if self.on_finished is not None:
                     self.on_finished(sum(finished))
@@ -262,7 +284,7 @@ class _Search:
         """Evaluates the active facts and updates those that go on; returns which ones have finished."""
         places = view.facts.to(self.device)
         current = self.delta[places].requires_grad_()
-        objective, probable, likelihood = self._evaluate(view, places, active, current)
+        objective, probable, likelihood = self.objective.evaluate(view, places, active, current)
         bad = ~torch.isfinite(objective)
         steps = self.steps[places]
         reached = torch.where(probable & (self.reached[places] < 0), steps, self.reached[places])
@@ -299,44 +321,8 @@ class _Search:
         with torch.no_grad():
             change = self.path.push(output, increments.to(output)).to(self.dtype)
         targets = base.hidden.to(self.dtype) + change
-        return increments, targets, base.keys, self.steps, self.converged, self.probability, self.failed
-
-    def _evaluate(
-        self, view: View, places: torch.Tensor, active: list[int], delta: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Objective (A,), whether every target token is the most probable (A,), target probability (A,)."""
-        shape = (len(active), self.forward.rows.rows_per_fact)
-        make: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        total, missed = torch.zeros(len(view.tokens), **make), torch.zeros(len(view.tokens), **make)
-        divergence = torch.zeros(len(active), **make)
-        increments = delta * self.unit[places]
-        for part in view.parts:
-            logits = self.forward.logits(part, increments)
-            labels, rows = part.labels.to(logits.device), part.target_rows.to(self.device)
-            target_logits, essence = logits[: len(labels)].to(self.dtype), logits[len(labels) :].to(self.dtype)
-            scored = -nn.functional.cross_entropy(target_logits, labels, reduction="none")
-            wrong = target_logits.detach().argmax(-1) != labels
-            total = total.index_add(0, rows, scored.to(self.device))
-            missed = missed.index_add(0, rows, wrong.to(self.device, self.dtype))
-            kl = self._divergence([active[slot] for slot in part.essence_slots], essence.log_softmax(-1))
-            slots = torch.tensor(part.essence_slots, dtype=torch.long).to(self.device, non_blocking=True)
-            divergence = divergence.index_add(0, slots, kl.to(self.device))
-        per_row = (total / view.tokens.to(self.device).clamp_min(1)).reshape(shape)[:, :-1]  # without the essence row
-        probable = missed.reshape(shape).sum(1) == 0
-        # The square root of a zero increment has no gradient; there the decay has none either.
-        size = torch.where((delta == 0).all(-1), delta.new_zeros(()), delta.square().sum(-1).clamp_min(1e-30).sqrt())
-        decay = size / self.length[places, 0].square()
-        objective = -per_row.mean(1) + self.settings.kl_weight * divergence + self.settings.weight_decay * decay
-        return objective, probable, per_row.detach().exp().mean(1)
-
-    def _divergence(self, facts: list[int], essence: torch.Tensor) -> torch.Tensor:
-        """KL divergence, one per fact, of what follows the essence prompt from what did without an increment."""
-        for row, fact in enumerate(facts):
-            self.essence.setdefault(fact, essence[row].detach())  # at the first evaluation the increment is zero
-        if not facts:
-            return essence.sum(-1)
-        before = torch.stack([self.essence[fact] for fact in facts])
-        return (essence.exp() * (essence - before)).sum(-1)
+        progress = (self.steps, self.converged, self.probability, self.failed)
+        return increments, targets, base.keys, *progress, base.module_output.to(self.device, self.dtype)
 
     def _update(
         self,
@@ -379,7 +365,7 @@ class _Search:
         return self.settings.lr * share * self.length[places] * mean
 
 
-def slots_that_fit(forward: FullForward) -> int:
+def slots_that_fit(forward: FullForward, infers: bool = False) -> int:
     """How many facts to search at once: what half of the free memory holds, by a rough count of what is kept for the
     backward pass; an estimate that is too high is corrected when memory runs out."""
     device = forward.base.hidden.device
@@ -388,6 +374,8 @@ def slots_that_fit(forward: FullForward) -> int:
     rows, base = forward.rows, forward.base
     suffix = int((rows.lengths - rows.subject).max())
     reads = int(rows.read_mask.sum()) / len(base.hidden)
+    if infers:  # the reference beside the answers, and both of the middle block
+        reads = 2 * reads + 2 * rows.rows_per_fact
     vocabulary = forward.model.get_output_embeddings().weight.shape[0]
     wide, size = base.hidden.shape[-1] * 16 + base.keys.shape[-1] * 6, base.hidden.element_size()
     blocks = len(forward.blocks) - forward.block_index

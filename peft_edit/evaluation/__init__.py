@@ -1,6 +1,8 @@
 """Scores of an edited model: of the edits, what must stay, what follows from them, and what it can do besides."""
 
 from .cases import KINDS, STAYING_KINDS, Case, CaseError, Probe, case_to_dict, reversal_probe
+from .comparison import Comparison, compare_methods
+from .comparison_entrants import Entrant, parse_entrant
 from .datasets import (
     DATASETS,
     load_cases,
@@ -51,9 +53,11 @@ __all__ = [
     "Case",
     "CaseError",
     "ComparedScores",
+    "Comparison",
     "DownstreamScores",
     "DownstreamTask",
     "EditScores",
+    "Entrant",
     "Example",
     "FluencyScores",
     "GenerationScores",
@@ -67,6 +71,7 @@ __all__ = [
     "TfIdf",
     "TokenScores",
     "case_to_dict",
+    "compare_methods",
     "compare_with_base",
     "contains_answer",
     "distraction_prompts",
@@ -88,6 +93,7 @@ __all__ = [
     "negation_probe",
     "ngram_entropy",
     "normalise_answer",
+    "parse_entrant",
     "perplexity",
     "recall",
     "retention",

@@ -8,11 +8,13 @@ from typing import Any
 
 from .base import ModuleSolution, Task, Update
 from .folded import Constrained, Folded, Forgetful, RankOne, Sparse
+from .normalized import Normalized
 from .ridge import NullSpace, Restrained, Ridge
 
 
 UPDATES: dict[str, type[Update]] = {
-    update.name: update for update in (Ridge, NullSpace, Restrained, Forgetful, Sparse, Constrained, RankOne)
+    update.name: update
+    for update in (Ridge, NullSpace, Restrained, Forgetful, Sparse, Constrained, RankOne, Normalized)
 }
 
 __all__ = ["UPDATES", "Folded", "ModuleSolution", "Task", "Update", "make_update"]

@@ -79,6 +79,8 @@ class Update(ABC):
 
     name: ClassVar[str]
     batch_size: ClassVar[int] = 100  # of `edit_facts`, where none is given
+    # Whether a pair's value is no searched value but the gradient of the loss with respect to the module's output.
+    from_gradients: ClassVar[bool] = False
 
     def check(self) -> None:  # noqa: B027 (a rule without settings has nothing to check)
         """Raises a ValueError if a setting is out of range."""

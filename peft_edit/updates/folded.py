@@ -89,16 +89,16 @@ class FoldedSolution:
 
     def add(self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0) -> tuple[FoldedSolution, torch.Tensor]:
         """One batch more; these rules do not refine values. A budget that is exceeded scales the delta back to it."""
-        if rounds:
-            raise ValueError(f"The update {self.update.name!r} does not refine values: set refinements=0.")
+        self._check_rounds(rounds)
         wide = keys.to(self.delta)
         step = Step(wide, values.to(self.delta) - wide @ self.delta.T, self.gram, self.delta, self.task)
-        delta = self.delta + self.update.increment(step)
-        cap = self.task.penalties.max_norm
-        if cap is not None and float(delta.norm()) > cap:
-            delta = delta * (cap / delta.norm())
+        delta = capped(self.delta + self.update.increment(step), self.task)
         gram = None if self.gram is None else torch.addmm(self.gram, wide.T, wide)
         return replace(self, delta=delta, gram=gram), values
+
+    def _check_rounds(self, rounds: int) -> None:
+        if rounds:
+            raise ValueError(f"The update {self.update.name!r} does not refine values: set refinements=0.")
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,12 @@ class RankOne(Folded):
             rest = residual - total @ key
             total = total + constrained_increment(key[None], rest[None], step.task.system_factor)
         return total
+
+
+def capped(delta: torch.Tensor, task: Task) -> torch.Tensor:
+    """The delta, scaled back to the task's budget if it exceeds it."""
+    cap = task.penalties.max_norm
+    return delta if cap is None or float(delta.norm()) <= cap else delta * (cap / delta.norm())
 
 
 def ridge_increment(step: Step) -> torch.Tensor:
