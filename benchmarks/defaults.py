@@ -26,7 +26,7 @@ from peft_edit.evaluation import recall, score_edits
 from peft_edit.tiny import load_tiny_facts, load_tiny_model
 
 
-PLAIN = {"early_stopping": "none", "norm_penalty": 0.0}
+PLAIN = {"early_stopping": "none", "norm_penalty": 0.0, "search_optimizer": "adam"}
 SETTINGS = {
     "default": {},
     "default, no refinement": {"refinements": 0},
