@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -264,7 +265,7 @@ class FactEditor:
         if anchor == "anchored":
             if memory.anchor is None:
                 pilot = self._search_unedited(prompts) if len(memory) else found
-                memory = self.config.memory = memory.with_anchor(anchor_norm(pilot))
+                memory = self.config.memory = replace(memory, anchor=anchor_norm(pilot))
             anchor = memory.anchor
         return anchored(found, anchor, self.paths[self.last] or ResidualPath())
 

@@ -95,8 +95,7 @@ class EditMemory:
         batches (`int`): Batches written so far (removed facts do not lower it).
         anchor (`float`, *optional*): The norm that values are rescaled to (`value_norm="anchored"`); None until it has
             been measured.
-        gradients (`bool`): Whether values are gradients of the loss with respect to the module's output (update rules
-            `from_gradients`), not outputs.
+        gradients (`bool`): Whether values are gradients of the loss by the module's output, not outputs.
     """
 
     statistics: KeyStatistics
@@ -191,10 +190,6 @@ class EditMemory:
         """The same memory with the prefixes of its searches."""
         return replace(self, contexts=contexts)
 
-    def with_anchor(self, anchor: float) -> EditMemory:
-        """The same memory with the norm that values are rescaled to."""
-        return replace(self, anchor=anchor)
-
     def with_statistics(self, statistics: KeyStatistics) -> EditMemory:
         """The same facts under other key statistics; where those say the same, saved solutions can be resumed."""
         moments = self.statistics.second_moments
@@ -275,8 +270,8 @@ class EditMemory:
             return self
         if self.records and self.gradients != other.gradients:
             raise ValueError(
-                "One edit memory holds values and the other value gradients (of an update rule that searches none); "
-                "they cannot be solved together: combine the adapters with combination_type='linear'."
+                "One edit memory holds values and the other value gradients, which cannot be solved together: combine "
+                "the adapters with combination_type='linear'."
             )
         shift = self.batches
         moved = tuple(replace(record, batch=record.batch + shift) for record in other.records)
@@ -338,7 +333,8 @@ class EditMemory:
             version, count = about["format_version"], about["facts"]
             contexts, batches = about["contexts"], about["batches"]
             contexts = None if contexts is None else tuple(contexts)
-            anchor, gradients = about.get("anchor"), bool(about.get("gradients"))  # not in files of the first release
+            # Files of the first release know neither.
+            anchor, gradients = about.get("anchor"), bool(about.get("gradients"))
             anchor = None if anchor is None else float(anchor)
             marks = {
                 name: FactoredMark(tuple(mark["sums"]), float(mark["norm_penalty"]), tuple(mark["penalties"]))

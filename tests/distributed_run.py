@@ -178,5 +178,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     scenario, output = sys.argv[1:]
-    PartialState(cpu=True)
+    state = PartialState(cpu=True)
     torch.save(SCENARIOS[scenario](), Path(output) / f"{os.environ.get('RANK', '0')}.pt")
+    state.wait_for_everyone()  # a process that leaves first may take the others' connections with it
+    state.destroy_process_group()

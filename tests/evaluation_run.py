@@ -60,6 +60,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     [output] = sys.argv[1:]
-    PartialState(cpu=True)
+    state = PartialState(cpu=True)
     found = {"scores": run_scores(), "refusal": run_different_facts()}
     torch.save(found, Path(output) / f"{os.environ['RANK']}.pt")
+    state.wait_for_everyone()  # a process that leaves first may take the others' connections with it
+    state.destroy_process_group()
