@@ -109,13 +109,15 @@ class Work:
         self.model = model
         self.above = list(find_blocks(model)[1])[last + 1 :]
         self.head = model.get_output_embeddings()
+        self.last_mlp = self.above[-1].get_submodule(find_down_projections(model)[0].rpartition(".")[0])
+        last_mlp = sum(weight.numel() for weight in self.last_mlp.parameters() if weight.dim() == 2)
         self.weights = {
-            "blocks": sum(
-                weight.numel() for block in self.above for weight in block.parameters() if weight.dim() == 2
-            ),
+            "blocks": sum(weight.numel() for block in self.above for weight in block.parameters() if weight.dim() == 2)
+            - last_mlp,
+            "last mlp": last_mlp,  # runs on the read positions only, where the search can
             "head": self.head.weight.numel(),
         }
-        self.runs = {(part, way): 0 for part in ("blocks", "head") for way in ("forward", "backward")}
+        self.runs = {(part, way): 0 for part in self.weights for way in ("forward", "backward")}
         self.tokens = dict(self.runs)
         self.real: torch.Tensor | int = 0
         self.first_step = 0.0
@@ -128,7 +130,8 @@ class Work:
             handles = [
                 self.model.register_forward_pre_hook(self._model, with_kwargs=True),
                 self.above[0].register_forward_pre_hook(self._block, with_kwargs=True),
-                self.head.register_forward_hook(self._head),
+                self.last_mlp.register_forward_hook(partial(self._rows, "last mlp")),
+                self.head.register_forward_hook(partial(self._rows, "head")),
             ]
             for handle in handles:
                 stack.callback(handle.remove)
@@ -148,9 +151,9 @@ class Work:
                 self.first_step = time.perf_counter()
             self._count("blocks", hidden, hidden.shape[0] * hidden.shape[1])
 
-    def _head(self, _module: nn.Module, _args: Any, logits: torch.Tensor) -> None:
-        if self._is_step(logits):
-            self._count("head", logits, logits.numel() // logits.shape[-1])
+    def _rows(self, part: str, _module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        if self._is_step(output):
+            self._count(part, output, output.numel() // output.shape[-1])
 
     def _is_step(self, tensor: torch.Tensor) -> bool:
         return tensor.requires_grad and SynchronisedStages.current.stage == "search"
@@ -172,6 +175,7 @@ class Work:
         stepping = SynchronisedStages.current.ended["search"] - self.first_step
         forward_tokens = self.tokens["blocks", "forward"]
         real_share = float(self.real) / max(forward_tokens, 1)
+        without_padding = flops["blocks"] * real_share + flops["last mlp"] + flops["head"]
         return {
             "passes": {" ".join(key): count for key, count in self.runs.items()},
             "tokens": {" ".join(key): count for key, count in self.tokens.items()},
@@ -183,7 +187,9 @@ class Work:
             "flops_per_second": total / stepping,
             "of_peak_while_stepping": total / stepping / peak,
             "of_peak_in_search": total / search_seconds / peak,
-            "of_peak_while_stepping_real_tokens": (flops["blocks"] * real_share + flops["head"]) / stepping / peak,
+            "of_peak_while_stepping_real_tokens": without_padding / stepping / peak,
+            / stepping
+            / peak,
         }
 
 
