@@ -188,8 +188,6 @@ class Work:
             "of_peak_while_stepping": total / stepping / peak,
             "of_peak_in_search": total / search_seconds / peak,
             "of_peak_while_stepping_real_tokens": without_padding / stepping / peak,
-            / stepping
-            / peak,
         }
 
 
