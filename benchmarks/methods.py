@@ -1,7 +1,7 @@
 """Every method on the same stream of edits into the bundled tiny model.
 
     python benchmarks/methods.py --output methods.json                      # the methods, as their presets are
-    python benchmarks/methods.py --sweep --output sweep.json                # settings of AlphaEdit and RECT
+    python benchmarks/methods.py --sweep --output sweep.json                # settings of AlphaEdit, RECT and PRUNE
 
 `--facts` CounterFact facts in sequence, in batches of `--batch-size` (ROME: one by one). The other facts that the
 model knows are what must be kept; their true sentences are the text for the key statistics. Every row starts from the
@@ -36,6 +36,7 @@ from peft_edit.tiny import load_tiny_facts, load_tiny_model
 
 
 FITTED = {"preservation_weight": 41.0}  # d_in / 25
+MPES = {"early_stopping": "mpes", "search_optimizer": "normalized"}
 BASELINES: dict[str, Callable[..., Any]] = {"ft": FineTuning, "lora": LoraTraining}
 
 Setting = tuple[str, dict[str, Any]]  # method, fields of its config that differ
@@ -55,13 +56,14 @@ METHOD_ROWS: dict[str, Setting] = {
 SWEEP_ROWS: dict[str, Setting] = {
     **{f"alphaedit, threshold {t}": ("alphaedit", rule(threshold=t)) for t in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)},
     **{
-        f"alphaedit + mpes, threshold {t}": (
-            "alphaedit",
-            {**rule(threshold=t), "early_stopping": "mpes", "search_optimizer": "normalized"},
-        )
-        for t in (0.03, 0.1, 0.3, 1.0)
+        f"alphaedit + mpes, threshold {t}": ("alphaedit", {**rule(threshold=t), **MPES}) for t in (0.03, 0.1, 0.3, 1.0)
     },
     **{f"rect, share {s}, λp = d_in / 25": ("rect", {**rule(share=s), **FITTED}) for s in (0.2, 0.8)},
+    "memit + mpes, λp = d_in / 25": ("memit", {**MPES, **FITTED}),
+    **{
+        f"prune + mpes, base {b}, λp = d_in / 25": ("prune", {**rule(base=b), **MPES, **FITTED})
+        for b in (1.2, 2.0, 10.0)
+    },
 }
 
 
