@@ -1,7 +1,7 @@
 """Every method on the same stream of edits into the bundled tiny model.
 
     python benchmarks/methods.py --output methods.json                      # the methods, as their presets are
-    python benchmarks/methods.py --sweep --output sweep.json                # settings of AlphaEdit, RECT and PRUNE
+    python benchmarks/methods.py --sweep --output sweep.json                # settings of some of them
 
 `--facts` CounterFact facts in sequence, in batches of `--batch-size` (ROME: one by one). The other facts that the
 model knows are what must be kept; their true sentences are the text for the key statistics. Every row starts from the
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from peft_edit import EditConfig, Fact
+from peft_edit import EditConfig, EditModel, Fact
 from peft_edit.baselines import BaselineReport, FineTuning, LoraTraining
 from peft_edit.evaluation import recall, score_edits
 from peft_edit.methods import METHODS
@@ -64,6 +64,9 @@ SWEEP_ROWS: dict[str, Setting] = {
         f"prune + mpes, base {b}, λp = d_in / 25": ("prune", {**rule(base=b), **MPES, **FITTED})
         for b in (1.2, 2.0, 10.0)
     },
+    **{f"ft, max_change {c}": ("ft", {"max_change": c}) for c in (0.1, 0.3, 0.5, 0.7, 1.0, None)},
+    "ft, frobenius, max_change 0.5": ("ft", {"constraint": "frobenius"}),
+    **{f"ft, moving ball, max_change {c}": ("ft", {"max_change": c, "cumulative": False}) for c in (0.1, 0.3)},
 }
 
 
@@ -96,6 +99,17 @@ def null_space_share(model: Any) -> float | None:
     return float((eigenvalues <= threshold * eigenvalues.mean()).double().mean())
 
 
+def spectral_ratio(model: Any) -> float | None:
+    """Largest singular value of the delta in units of W0's; None for a model without an edit adapter."""
+    if not isinstance(getattr(model, "base_model", None), EditModel):
+        return None
+    [layer] = model.base_model.edit_layers().values()
+    delta, base = (
+        torch.linalg.matrix_norm(each.double(), 2) for each in (layer.get_delta("default"), layer.base_matrix())
+    )
+    return float(delta / base)
+
+
 def measure(name: str, setting: Setting, facts: list[Fact], kept: Sequence[Fact], batch: int) -> dict[str, Any]:
     """One row."""
     method, settings = setting
@@ -113,6 +127,7 @@ def measure(name: str, setting: Setting, facts: list[Fact], kept: Sequence[Fact]
         **score_edits(model, tokenizer, facts).to_dict(),
         "unedited_recall": recall(model, tokenizer, [(fact.filled_prompt, str(fact.target_true)) for fact in kept]),
         "norm_share": share,
+        "spectral_ratio": spectral_ratio(model),
         "null_space_share": null_space_share(model),
         "seconds_per_edit": wall / len(facts),
         "cpu_seconds_per_edit": processor / len(facts),

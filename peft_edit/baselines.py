@@ -148,7 +148,7 @@ class FineTuning(Baseline):
     """Constrained fine-tuning of the MLP down-projections that an edit adapter would change.
 
     Adam on the targets' likelihood given the bare prompts, with ||ΔW|| held inside a ball after every step: FT+L of
-    ROME (arXiv 2202.05262, appendix E.1), after arXiv 2012.00363. The model given is changed.
+    ROME (arXiv 2202.05262), after arXiv 2012.00363. The model given is changed.
 
     Args:
         model: A causal language model without adapters.
