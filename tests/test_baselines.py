@@ -12,7 +12,6 @@ from peft_edit import EditConfig, FactError
 from peft_edit.baselines import (
     FineTuning,
     LoraTraining,
-    accumulate_gradients,
     down_projections,
     fine_tune,
     limited,
@@ -20,6 +19,7 @@ from peft_edit.baselines import (
 )
 from peft_edit.evaluation import recall
 from peft_edit.tiny import load_tiny_model
+from peft_edit.training import accumulate_gradients
 
 from .world import town_facts, word_tokenizer
 
