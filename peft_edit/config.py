@@ -133,6 +133,10 @@ class EditConfig(PeftConfig):
             "the first batch have on the unedited model; a number: to that norm."
         },
     )
+    chat_template: bool = field(
+        default=False,
+        metadata={"help": "Prompts are the user's message in the tokenizer's chat template, targets the answer."},
+    )
     num_contexts: int = field(default=5, metadata={"help": "Self-generated prefixes behind which a fact must hold."})
     seed: int = field(default=0, metadata={"help": "Seed of contexts and of sampled statistics."})
     save_memory: bool = field(

@@ -77,7 +77,9 @@ class FactEditor:
         self.block_of = {name: block_index(name) for name in self.layers}
         self.last = list(self.layers)[-1]
         embedding = self.model.get_input_embeddings()
-        self.encoder = PromptEncoder(tokenizer, embedding.num_embeddings, context_window(self.model.config))
+        self.encoder = PromptEncoder(
+            tokenizer, embedding.num_embeddings, context_window(self.model.config), self.config.chat_template
+        )
         self.watch = Stopwatch()
         self.forward: FullForward | None = None
         self.workers = Workers.of(self.model)

@@ -14,6 +14,7 @@ from .facts import PLACEHOLDER, Fact, FactError
 
 # The essence prompt of ROME and MEMIT: what the subject *is* should stay as it was (arXiv 2202.05262, eq. 4).
 ESSENCE_PROMPT = "{} is a"
+_MESSAGE = "the message of the user"
 
 # Openings from which the model writes its own context prefixes, as in MEMIT.
 CONTEXT_OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -69,6 +70,25 @@ def is_spaceless(character: str) -> bool:
     return bool(character) and unicodedata.name(character, "").startswith(_SPACELESS_SCRIPTS)
 
 
+def chat_frame(tokenizer: Any) -> tuple[str, str]:
+    """What a tokenizer's chat template writes before the user's message, and from there to the assistant's answer.
+
+    Raises:
+        ValueError: if there is no template, or it does not write the message as it is.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("The tokenizer has no chat template: edit without chat_template, or set one.")
+    message = [{"role": "user", "content": _MESSAGE}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    if text.count(_MESSAGE) != 1:
+        raise ValueError(
+            "The tokenizer's chat template does not write the user's message once and as it is, so facts cannot be "
+            "placed in it: edit without chat_template."
+        )
+    before, after = text.split(_MESSAGE)
+    return before, after
+
+
 class PromptEncoder:
     """Turns facts into token sequences for one model.
 
@@ -76,12 +96,15 @@ class PromptEncoder:
         tokenizer: A fast tokenizer (character offsets are needed to find the subject).
         vocabulary_size (`int`): Rows of the model's input embedding.
         max_length (`int`, *optional*): The model's context window, in tokens.
+        chat (`bool`): Prompts are the user's message in the tokenizer's chat template, targets the assistant's answer.
 
     Raises:
-        ValueError: if the tokenizer is slow, or knows tokens that the model does not.
+        ValueError: if the tokenizer is slow, or has no chat template where one is wanted.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary_size: int, max_length: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, vocabulary_size: int, max_length: int | None = None, chat: bool = False
+    ) -> None:
         if tokenizer is None or not callable(tokenizer):
             raise ValueError(
                 "edit_facts needs the model's tokenizer: pass AutoTokenizer.from_pretrained(<base model>)."
@@ -94,6 +117,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
+        self.chat = chat_frame(tokenizer) if chat else None
 
     def encode_fact(self, fact: Fact, contexts: Sequence[str]) -> FactPrompts:
         """The bare prompt and one row per context, each with the target, and the essence prompt without.
@@ -107,16 +131,18 @@ class PromptEncoder:
     def encode(self, fact: Fact, prompt: str, prefix: str, target: str | None) -> TokenizedPrompt:
         """Tokenises `prefix + prompt with the subject + target` and locates the subject's last token."""
         before, after = prompt.split(PLACEHOLDER, 1)
-        text = prefix + before + fact.subject + after
-        subject_end = len(prefix) + len(before) + len(fact.subject.rstrip())
+        opening = self.chat[0] if self.chat else ""
+        before = opening + prefix + before
+        text = before + fact.subject + after
+        subject_end = len(before) + len(fact.subject.rstrip())
         target_text = ""
         if target is not None:
-            text, target_text = join(text, target)
+            text, target_text = self._joined(text, target)
         ids, offsets = self.tokenize(text)
         subject_index = max(
             (i for i, (start, end) in enumerate(offsets) if start < min(subject_end, end)), default=None
         )
-        if subject_index is None or offsets[subject_index][1] <= len(prefix) + len(before):
+        if subject_index is None or offsets[subject_index][1] <= len(before):
             raise FactError(f"the tokenizer finds no token for the subject {fact.subject!r} in {text!r}.")
         target_ids = self._target_ids(text, ids, target_text) if target is not None else []
         sequence = tuple(ids + target_ids)
@@ -125,13 +151,21 @@ class PromptEncoder:
 
     def continuation_ids(self, prompt: str, target: str) -> tuple[list[int], list[int]]:
         """Token ids of a full-text prompt and of the target that continues it."""
-        text, target_text = join(prompt, target)
+        text, target_text = self._joined(self.chat[0] + prompt if self.chat else prompt, target)
         ids, _ = self.tokenize(text)
         return ids, self._target_ids(text, ids, target_text)
 
+    def _joined(self, text: str, target: str) -> tuple[str, str]:
+        """The text up to where the answer begins, and the answer with the space that it needs there."""
+        if self.chat is None:
+            return join(text, target)
+        text = text + self.chat[1]
+        return (text, target.strip()) if text[-1:].isspace() else join(text, target)
+
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids with the special tokens that open a sequence, without those that would close it."""
-        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        # A chat template writes the special tokens itself.
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=self.chat is None)
         ids, offsets = list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
         special = set(self.tokenizer.all_special_ids)
         while ids and ids[-1] in special and offsets[-1][0] == offsets[-1][1]:
