@@ -15,6 +15,7 @@ from peft_edit.evaluation import perplexity, recall, score_edits
 from peft_edit.evaluation.bootstrap import Estimate, estimate_differences
 from peft_edit.evaluation.comparison import Comparison, compare_methods
 from peft_edit.evaluation.comparison_entrants import Entrant, as_entrants, parse_entrant
+from peft_edit.evaluation.comparison_figures import shortened
 from peft_edit.evaluation.comparison_report import summary, table_rows
 from peft_edit.evaluation.comparison_run import editing_order
 from peft_edit.evaluation.downstream_tasks import DownstreamTask, Example
@@ -292,7 +293,7 @@ def test_figures_are_drawn(whole):
         assert len(colours) > 20 and min(pixels.shape[:2]) > 200
         drawn = (whole.folder / "figures" / f"{name}.svg").read_text(encoding="utf-8")
         if name not in ("contributions", "downstream_norm"):
-            assert all(label in drawn for label in ENTRANTS)
+            assert all(label in drawn for label in shortened(ENTRANTS))
         assert "nan" not in drawn.lower()
 
 
@@ -354,3 +355,8 @@ def test_labels_differ():
         as_entrants(["memit", Entrant("memit", "encore")])
     with pytest.raises(ValueError, match="not that of the unedited base"):
         Entrant("base", "memit")
+
+
+def test_long_labels_fit_in_a_figure():
+    long = ["memit+mpes+preservation_weight=41", "memit+mpes+preservation_weight=42", "encore"]
+    assert shortened(long, 12) == ["memit+mpes+… (1)", "memit+mpes+… (2)", "encore"]

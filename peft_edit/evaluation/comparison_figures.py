@@ -105,7 +105,7 @@ def draw_contributions(comparison: Comparison) -> Any:
         axes.set_ylim(0, None)
         _whole_numbers(axes)
         _label(axes, "layer", "% of residual stream" if axes in grid[::3] else "")
-        axes.set_title(label, fontsize=LABEL_SIZE)
+        axes.set_title(shortened([label])[0], fontsize=LABEL_SIZE)
     _legend(figure)
     return figure
 
@@ -153,7 +153,7 @@ def draw_seconds(comparison: Comparison) -> Any:
         steps = comparison.mean_over_edits(label, "search_steps")
         note = f" {mean:.3g} s" + ("" if steps is None else f", {steps:.1f} steps")
         bars.text(mean, place, note, va="center", fontsize=TICK_SIZE)
-    bars.set_yticks(range(len(means)), list(means))
+    bars.set_yticks(range(len(means)), shortened(list(means)))
     bars.invert_yaxis()
     bars.set_xlim(0, 1.55 * max(means.values()))
     _label(bars, "seconds per edit", "")
@@ -347,13 +347,20 @@ def _whole_numbers(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def shortened(labels: Sequence[str], width: int = 26) -> list[str]:
+    """Labels that fit in a figure; one that was cut is numbered if others begin like it."""
+    short = [label if len(label) <= width else label[: width - 1] + "…" for label in labels]
+    return [text if short.count(text) == 1 else f"{text} ({place + 1})" for place, text in enumerate(short)]
+
+
 def _legend(figure: Any) -> None:
     """Above all axes, where it hides nothing."""
     handles = {label: handle for each in figure.axes for handle, label in zip(*each.get_legend_handles_labels())}
-    columns = 4 if figure.get_figwidth() > 5 else 2
+    labels = shortened(list(handles))
+    columns = (4 if figure.get_figwidth() > 5 else 2) // (2 if max(map(len, labels), default=0) > 16 else 1)
     figure.legend(
         handles.values(),
-        handles.keys(),
+        labels,
         loc="outside upper left",
         ncols=columns,
         frameon=False,
