@@ -27,7 +27,7 @@ from .reading import SubjectReader
 from .report import EditReport, FactReport
 from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
-from .search import SearchResult, choose_forward, search_targets
+from .search import SearchResult, choose_forward, search_groups, search_targets
 from .sharded import runnable
 from .statistics import KeyStatistics
 from .stopwatch import Stopwatch
@@ -47,7 +47,7 @@ class FactEditor:
         adapter_name (`str`): The adapter, as `editable_adapter` gave it.
         tokenizer: The model's tokenizer.
         statistics (`KeyStatistics`, *optional*): Key statistics to use from now on.
-        search_slots (`int`): Facts searched at the same time.
+        search_slots (`int`): Facts searched at the same time; 0 for as many as memory allows.
         full_search (`bool`): Run the search on whole sequences.
         strict (`bool`): Raise when a fact's search diverges, instead of leaving the fact out.
         progress (`bool`): Show a progress bar.
@@ -59,7 +59,7 @@ class FactEditor:
         adapter_name: str,
         tokenizer: Any,
         statistics: KeyStatistics | None = None,
-        search_slots: int = 32,
+        search_slots: int = 0,
         full_search: bool = False,
         strict: bool = False,
         progress: bool = True,
@@ -285,9 +285,22 @@ class FactEditor:
     def _search(self, prompts: Sequence[FactPrompts], advance: Any) -> SearchResult:
         def search(own: list[int]) -> Sequence[torch.Tensor]:
             chosen = [prompts[place] for place in own]
-            return search_targets(self._forward(chosen[0]), chosen, self.settings, on_finished=advance).tensors()
+            return search_targets(self._forward(prompts[0]), chosen, self.settings, on_finished=advance).tensors()
 
-        return SearchResult(*(tensor.to(self.device) for tensor in self.workers.rows(len(prompts), search)))
+        found = self.workers.rows(len(prompts), search, self._groups(prompts))
+        return SearchResult(*(tensor.to(self.device) for tensor in found))
+
+    def _groups(self, prompts: Sequence[FactPrompts]) -> list[list[int]]:
+        """The groups that processes share out."""
+        groups, processes = search_groups(prompts, self.settings), self.workers.size
+        if self.workers.splits and self.workers.is_main and len(groups) < processes:
+            warnings.warn(
+                f"{processes - len(groups)} of {processes} processes have nothing to search: a batch of "
+                f"{len(prompts)} facts makes {len(groups)} group(s). Take larger batches, or smaller groups with "
+                f"search_slots={max(1, len(prompts) // (2 * processes))}.",
+                stacklevel=2,
+            )
+        return groups
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability (P,) of targets after prompts, and whether they are the greedy completion (P,)."""
@@ -322,8 +335,7 @@ class FactEditor:
     ) -> list[EditRecord]:
         """Spreads the wanted change over the edited layers as MEMIT does (arXiv 2210.07229, algorithm 1)."""
         memory = self.config.memory
-        own = self.workers.share(len(facts)) if isinstance(found, SearchResult) else []
-        reader = SubjectReader(self.model, self.blocks, [prompts[place].rows for place in own]) if own else None
+        readers: dict[int, SubjectReader] = {}
         pairs, solutions = {}, {}
         for index, (name, layer) in enumerate(self.layers.items()):
             with self.watch("keys"):
@@ -332,7 +344,7 @@ class FactEditor:
                     kept_dtype = _kept_dtype(found.keys[index], delta)
                     keys, values = found.keys[index].to(delta.device, kept_dtype), found.gradients[index].to(delta)
                 else:
-                    row_keys, increments = self._wanted(index, len(facts), reader, found)
+                    row_keys, increments = self._wanted(index, prompts, readers, found)
                     kept_dtype = _kept_dtype(row_keys, delta)
                     keys = _fact_keys(row_keys.to(found.targets.dtype)).to(delta.device, kept_dtype)
                     values = (keys.to(delta) @ delta.T + increments.to(delta)).to(kept_dtype)
@@ -351,14 +363,14 @@ class FactEditor:
         return records
 
     def _wanted(
-        self, index: int, count: int, reader: SubjectReader | None, found: SearchResult
+        self, index: int, prompts: Sequence[FactPrompts], readers: dict[int, SubjectReader], found: SearchResult
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (n, rows, d_in) of a module at the subjects, and the wanted change (n, d_model) of its output.
 
         Args:
             index (`int`): Which edited module, counted from 0.
-            count (`int`): Facts.
-            reader (`SubjectReader`, *optional*): Of this process's share of them.
+            prompts (`Sequence[FactPrompts]`): Of the facts.
+            readers (`dict[int, SubjectReader]`): By the first fact of each group; those of this process are added.
             found (`SearchResult`): Of all of them.
         """
         if len(self.layers) == 1:
@@ -368,7 +380,10 @@ class FactEditor:
 
         def read(own: list[int]) -> Sequence[torch.Tensor]:
             path = self.paths[name]
-            assert reader is not None and path is not None
+            assert path is not None
+            if own[0] not in readers:
+                readers[own[0]] = SubjectReader(self.model, self.blocks, [prompts[place].rows for place in own])
+            reader = readers[own[0]]
             # Below the first edited module nothing has changed since the search.
             row_keys = found.keys[own] if index == 0 else reader.keys(layer, block)
             output, hidden = reader.outputs(layer, block, self.block_of[self.last])
@@ -377,7 +392,7 @@ class FactEditor:
                 increments = path.pull(output.to(residual), residual.to(output.device))
             return row_keys, increments
 
-        row_keys, increments = self.workers.rows(count, read)
+        row_keys, increments = self.workers.rows(len(prompts), read, self._groups(prompts))
         return row_keys, increments
 
 

@@ -30,6 +30,7 @@ MOMENTUM = 0.5
 LEAST_GAIN = 0.02  # share of the objective
 
 SLOTS_ON_CPU = 32
+TURNS_PER_SLOT = 2
 MOST_SLOTS = 256
 
 
@@ -68,6 +69,11 @@ class SearchSettings:
     final_weight: float = 0.0
     middle_weight: float = 0.0
     middle_block: int | None = None
+
+    @property
+    def most_in_group(self) -> int:
+        """Facts that are searched as one group at most, see `search_groups`."""
+        return TURNS_PER_SLOT * (self.slots or SLOTS_ON_CPU)
 
     @property
     def infers(self) -> bool:
@@ -150,6 +156,19 @@ def choose_forward(
         stacklevel=2,
     )
     return full
+
+
+def search_groups(prompts: Sequence[FactPrompts], settings: SearchSettings) -> list[list[int]]:
+    """The groups in which facts are searched, as places in `prompts`: of similar length and about the same size.
+
+    What a fact's search finds depends, by rounding, on the facts that are run beside it, and a fact at a tie may stop
+    a step sooner or later for it. Groups are the same for any number of processes, and so is what they find. Their
+    number is a power of two, so that processes get equal shares.
+    """
+    count = 1 << math.ceil(math.log2(max(1.0, len(prompts) / settings.most_in_group)))
+    order = sorted(range(len(prompts)), key=lambda place: _suffix_length(prompts[place]))
+    ends = [len(order) * part // count for part in range(count + 1)]
+    return [order[start:end] for start, end in zip(ends, ends[1:])]
 
 
 def search_targets(

@@ -58,25 +58,32 @@ class Workers:
         """This process's share of things whose number is not known."""
         return islice(things, self.rank, None, self.size) if self.splits else iter(things)
 
-    def rows(self, count: int, work: Callable[[list[int]], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    def rows(
+        self,
+        count: int,
+        work: Callable[[list[int]], Sequence[torch.Tensor]],
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> list[torch.Tensor]:
         """Tensors with one row for each of `count` things, of which each process works out its share.
 
         Args:
             count (`int`): How many things, > 0.
             work: From places to tensors with a row for each; not called without any place.
+            groups (`Sequence[Sequence[int]]`, *optional*): Places that are worked out together, whichever process does
+                it, so that rounding does not depend on the number of processes. By default each process works out
+                its share in one go.
 
         Returns:
             `list[torch.Tensor]`: (count, …) each, the same in every process; on the CPU where they were gathered.
         """
-        own = self.share(count)
-        found = self.together(lambda: list(work(own)) if own else None)
-        if not self.splits:
-            assert found is not None
-            return found
-        pieces = self.gather(None if found is None else (own, [tensor.cpu() for tensor in found]))
-        present = [piece for piece in pieces if piece is not None]
-        order = torch.tensor([place for places, _ in present for place in places])
-        return [torch.cat(parts)[order.argsort()] for parts in zip(*(tensors for _, tensors in present))]
+        own = [self.share(count)] if groups is None else [list(groups[place]) for place in self.share(len(groups))]
+        own = [group for group in own if group]
+        pieces = self.together(lambda: [(group, list(work(group))) for group in own])
+        if self.splits:
+            on_cpu = [(group, [tensor.cpu() for tensor in tensors]) for group, tensors in pieces]
+            pieces = [piece for each in self.gather(on_cpu) for piece in each]
+        order = torch.tensor([place for group, _ in pieces for place in group]).argsort()
+        return [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*(tensors for _, tensors in pieces))]
 
     def gather(self, value: T) -> list[T]:
         """The value of every process, in the order of ranks. Tensors in it come to the CPU."""

@@ -43,18 +43,35 @@ def run_edit(**settings):
     model, tokenizer, texts = wrapped(**settings)
     model.collect_statistics(texts, tokenizer)
     facts = load_tiny_facts()[:9]
-    reports = [model.edit_facts(facts, tokenizer, batch_size=4, progress=False)]
+    reports = [model.edit_facts(facts, tokenizer, batch_size=4, search_slots=1, progress=False)]
     model.remove_facts(facts[2:4])
     reports.append(model.edit_facts(facts[2:3], tokenizer, progress=False))
     return result(model, reports)
+
+
+def run_many():
+    """Batches in which facts stop at different times and leave their places to others."""
+    model, tokenizer, texts = wrapped()
+    model.collect_statistics(texts, tokenizer)
+    return result(model, [model.edit_facts(load_tiny_facts()[:60], tokenizer, 20, search_slots=3, progress=False)])
+
+
+def run_idle():
+    """More processes than groups of facts."""
+    model, tokenizer, texts = wrapped()
+    model.collect_statistics(texts, tokenizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.edit_facts(load_tiny_facts()[:5], tokenizer, progress=False)
+    return {"warnings": [str(warning.message) for warning in caught if "nothing to search" in str(warning.message)]}
 
 
 def run_failing():
     """One process fails in the second batch."""
     model, tokenizer, texts = wrapped()
     model.collect_statistics(texts, tokenizer)
-    facts = load_tiny_facts()[:6]
-    model.edit_facts(facts[:4], tokenizer, batch_size=4, progress=False)
+    facts = load_tiny_facts()[:8]
+    model.edit_facts(facts[:4], tokenizer, batch_size=4, search_slots=1, progress=False)
     before = result(model, [])
     search = editing.search_targets
 
@@ -65,7 +82,7 @@ def run_failing():
 
     editing.search_targets = failing
     try:
-        model.edit_facts(facts[4:], tokenizer, progress=False)
+        model.edit_facts(facts[4:], tokenizer, search_slots=1, progress=False)
     except ArithmeticError as error:
         message = str(error)
     after = result(model, [])
@@ -164,6 +181,8 @@ def run_sharded():
 SCENARIOS = {
     "edit": run_edit,
     "edit_two_layers": lambda: run_edit(**LAYERS),
+    "many": run_many,
+    "idle": run_idle,
     "failing": run_failing,
     "different_facts": run_different_facts,
     "different_streams": run_different_streams,

@@ -47,21 +47,28 @@ def launch(scenario, folder, processes):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-def assert_like_one_alone(found, alone):
+def assert_like_one_alone(found, alone, tolerance=1e-9):
+    """Nearly to the bit: one difference in rounding could let a fact at a tie stop a step later."""
     for mine in found:
         assert mine["facts"] == alone["facts"]
         assert mine["reports"] == alone["reports"]
         for name, delta in alone["deltas"].items():
-            assert float((mine["deltas"][name] - delta).norm()) <= 1e-5 * float(delta.norm())
+            assert float((mine["deltas"][name] - delta).norm()) <= tolerance * float(delta.norm())
             assert torch.equal(mine["deltas"][name], found[0]["deltas"][name])
             moment = alone["moments"][name]
-            assert torch.allclose(mine["moments"][name], moment, rtol=1e-5, atol=1e-6 * float(moment.abs().max()))
+            assert float((mine["moments"][name] - moment).norm()) <= tolerance * float(moment.norm())
 
 
-@pytest.mark.parametrize("scenario, processes", [("edit", 2), ("edit_two_layers", 2), ("edit", 3)])
+@pytest.mark.parametrize("scenario, processes", [("edit", 2), ("edit_two_layers", 2), ("edit", 3), ("many", 2)])
 def test_every_process_ends_like_one_alone(tmp_path, scenario, processes):
     alone = distributed_run.SCENARIOS[scenario]()
     assert_like_one_alone(launch(scenario, tmp_path, processes), alone)
+
+
+def test_processes_without_work_are_pointed_out(tmp_path):
+    warned, silent = launch("idle", tmp_path, 2)
+    assert ["1 of 2 processes" in message and "search_slots=1" in message for message in warned["warnings"]] == [True]
+    assert silent["warnings"] == []
 
 
 def test_what_one_process_raises_all_raise_and_nothing_has_changed(tmp_path):
@@ -95,7 +102,7 @@ def test_weights_spread_over_processes(tmp_path):
     for mine in found:
         assert "once before editing" in mine["refusal"]
         assert mine["sharded"] and mine["share_of_a_weight"] == 0.5
-    assert_like_one_alone(found, distributed_run.SCENARIOS["whole"]())
+    assert_like_one_alone(found, distributed_run.SCENARIOS["whole"](), tolerance=1e-5)
 
 
 def test_one_process_alone_is_no_group():

@@ -11,7 +11,8 @@ from peft_edit.hooks import evaluating
 from peft_edit.prompts import PromptEncoder, generate_contexts
 from peft_edit.residual import ResidualPath, probe_residual_path
 from peft_edit.rows import SearchRows, width_buckets
-from peft_edit.search import SearchSettings, choose_forward, search_targets
+from peft_edit.search import SearchSettings, choose_forward, search_groups, search_targets
+from peft_edit.tiny import load_tiny_facts, load_tiny_model
 
 from .plain_search import plain_search
 
@@ -27,6 +28,13 @@ def problem(tiny, facts):
     prompts = [encoder.encode_fact(fact, contexts) for fact in facts[:12]]
     block = model.model.layers[BLOCK]
     return model, block, block.mlp.down_proj, prompts
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    model, tokenizer = load_tiny_model()
+    encoder = PromptEncoder(tokenizer, model.config.vocab_size, 256)
+    return [encoder.encode_fact(fact, []) for fact in load_tiny_facts()[:20]]
 
 
 def search(model, block, module, prompts, settings, force_full=False):
@@ -65,6 +73,18 @@ def test_slots_and_order_do_not_matter(problem):
     many = search(model, block, module, prompts[::-1], SearchSettings(steps=8, slots=50))
     assert torch.equal(few.steps, many.steps.flip(0))
     assert torch.cosine_similarity(few.increments, many.increments.flip(0)).min() > 0.9999
+
+
+@given(st.integers(1, 600), st.integers(0, 40))
+def test_groups_hold_every_fact_once_and_are_of_one_size(encoded, count, slots):
+    prompts = [encoded[place % len(encoded)] for place in range(count)]
+    settings = SearchSettings(slots=slots)
+    groups = search_groups(prompts, settings)
+    assert sorted(place for group in groups for place in group) == list(range(count))
+    sizes = [len(group) for group in groups]
+    assert max(sizes) <= settings.most_in_group and max(sizes) - min(sizes) <= 1
+    assert len(groups) & (len(groups) - 1) == 0
+    assert len(groups) == 1 or count > settings.most_in_group * len(groups) // 2
 
 
 def test_mpes_stops_when_the_target_is_most_probable(problem):
