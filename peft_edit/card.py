@@ -111,6 +111,11 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
+def base_id(tuner: EditModel) -> str | None:
+    """The base model's name on the Hub; None if it has none that the adapters or the model know."""
+    return next((found for name in _base_names(tuner) if (found := hub_id(name))), None)
+
+
 # --- the file ----------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +144,7 @@ def _merged(text: str, generated: str) -> str:
 def _update_metadata(data: CardData, model: PeftModel, contents: CardContents) -> None:
     tuner: Any = model.base_model
     data["library_name"] = "peft"
-    base = _base_id(tuner)
+    base = base_id(tuner)
     tags = [*(data.get("tags") or []), *TAGS, *contents.tags]
     if base is not None:
         data["base_model"] = base
@@ -152,10 +157,10 @@ def _update_metadata(data: CardData, model: PeftModel, contents: CardContents) -
         data["pipeline_tag"] = "text-generation"
 
 
-def _base_id(tuner: EditModel) -> str | None:
-    names = [config.base_model_name_or_path for config in tuner.peft_config.values()]
-    names.append(getattr(getattr(tuner.model, "config", None), "_name_or_path", None))
-    return next((found for name in names if (found := hub_id(name))), None)
+def _base_names(tuner: EditModel) -> list[str]:
+    """What the adapters and the base model's own config call the base model: names on the Hub, or paths."""
+    named = (config.base_model_name_or_path for config in tuner.peft_config.values())
+    return [name for name in (*named, getattr(getattr(tuner.model, "config", None), "_name_or_path", None)) if name]
 
 
 # --- the text ----------------------------------------------------------------------------------------------------
@@ -184,10 +189,11 @@ def _body(tuner: EditModel, directory: Path, contents: CardContents) -> Iterator
 
 
 def _base_section(tuner: EditModel, configs: Mapping[str, EditConfig]) -> Iterator[str]:
-    base = _base_id(tuner)
+    base, names = base_id(tuner), _base_names(tuner)
     fingerprint = _fingerprint(tuner, configs)
     yield "## Base model\n"
-    yield f"[{base}](https://huggingface.co/{base})" if base else "A model without a name on the Hub"
+    folder = f', loaded from a folder "{escape(Path(names[0]).absolute().name)}"' if names else ""
+    yield f"[{base}](https://huggingface.co/{base})" if base else f"A model without a name on the Hub{folder}"
     if fingerprint is None:
         yield ""
         return
@@ -221,13 +227,9 @@ def _digest(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _has_memory(config: EditConfig) -> bool:
-    return config.memory is not None and config.save_memory
-
-
 def _shown_facts(config: EditConfig, contents: CardContents) -> tuple[EditRecord, ...] | None:
     """The facts that the card may name; None if they are withheld or unknown."""
-    if config.memory is None or not _has_memory(config) or not contents.include_facts:
+    if config.memory is None or not config.save_memory or not contents.include_facts:
         return None
     return config.memory.records
 
@@ -351,7 +353,7 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _loading_section(tuner: EditModel, configs: Mapping[str, EditConfig], contents: CardContents) -> Iterator[str]:
-    base = json.dumps(_base_id(tuner) or "path/to/the/base/model")
+    base = json.dumps(base_id(tuner) or "path/to/the/base/model")
     yield "## How to load\n"
     yield "```bash\npip install peft-edit\n```\n"
     yield "```python\nimport peft_edit  # makes PEFT know the adapter type"

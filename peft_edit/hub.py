@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import glob
+import json
 import os
 import tempfile
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +29,12 @@ from huggingface_hub.errors import (
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import CARD, NORM_PLOT, CardContents, write_card
+from .card import CARD, NORM_PLOT, CardContents, base_id, hub_id, write_card
 from .config import EditConfig
 from .memory import MEMORY_FILES
 from .model import EditModel
+from .statistics import STATISTICS_JSON
+from .tiny import is_bundled
 
 
 def push_edits(
@@ -51,7 +55,9 @@ def push_edits(
 ) -> CommitInfo:
     """Pushes the edit adapters of a model and their card in one commit: what `model.push_to_hub` does.
 
-    What an author has written into the repository's card stays; so do files that are none of the adapter's.
+    What an author has written into the repository's card stays; so do files that are none of the adapter's. A base
+    model that was loaded from a directory is named `./` and that directory's name in what is pushed, with a warning:
+    the whole path would open for nobody else, and tell of the computer that it is on.
 
     Args:
         model (`PeftModel`): The model with the edit adapter or adapters.
@@ -77,10 +83,12 @@ def push_edits(
         ConnectionError: if the Hub cannot be reached.
         OSError: if the Hub or the disk fails otherwise. In every case the repository's files are as before.
     """
+    _warn_of_local_base(model, repo_id)
     api = HfApi(token=token)
     with hub_errors(repo_id, api.endpoint), tempfile.TemporaryDirectory() as folder:
         with _memory_withheld(_edit_configs(model) if not include_facts else ()):
             model.save_pretrained(folder)
+        _take_out_local_paths(model, Path(folder))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -189,6 +197,18 @@ def extend_peft_model() -> None:
     patched.create_or_update_model_card = create_or_update_model_card
 
 
+def public_name(name: str) -> str:
+    """What may be published of a base model's name: all of a name on the Hub; of a path `./` and the last directory.
+
+    The latter is no name that the Hub could have. The bundled model keeps the two directories by which the command
+    line knows it on any computer.
+    """
+    if hub_id(name):
+        return name
+    path = Path(name).absolute()
+    return "/".join([".", *path.parts[-2 if is_bundled(path) else -1 :]])
+
+
 @contextmanager
 def hub_errors(repo_id: str, endpoint: str, revision: str | None = None) -> Iterator[None]:
     """Raises what the Hub's client raises as an error of one sentence, of the kind that Python has for it."""
@@ -264,6 +284,36 @@ def _memory_withheld(configs: Collection[EditConfig]) -> Iterator[None]:
     finally:
         for config, save_memory in zip(configs, before):
             config.save_memory = save_memory
+
+
+def _warn_of_local_base(model: PeftModel, repo_id: str) -> None:
+    tuner: Any = model.base_model
+    paths = [config.base_model_name_or_path for config in _edit_configs(model) if config.base_model_name_or_path]
+    if not paths or base_id(tuner):
+        return
+    adapter = next(iter(model.peft_config))
+    warnings.warn(
+        f"The base model of these edits was loaded from a directory of this computer, '{paths[0]}': '{repo_id}' "
+        f"names it '{public_name(paths[0])}', and others cannot load the edits without being given that model. If it "
+        f"is on the Hub, load it by its name there, or set model.peft_config['{adapter}'].base_model_name_or_path to "
+        "that name, and push again.",
+        stacklevel=3,
+    )
+
+
+def _take_out_local_paths(model: PeftModel, folder: Path) -> None:
+    """In saved files, puts the base model's name on the Hub, or what may be public of a path, in place of the path."""
+    tuner: Any = model.base_model
+    for path in [*folder.rglob(CONFIG_NAME), *folder.rglob(STATISTICS_JSON)]:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == CONFIG_NAME:
+            part, field = document, "base_model_name_or_path"
+        else:
+            part, field = document["fingerprint"], "name_or_path"
+        name = part.get(field)
+        if name and not hub_id(name):
+            part[field] = base_id(tuner) or public_name(name)
+            path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:

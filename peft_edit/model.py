@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial, reduce
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_adapters_not_merged, _delete_auxiliary_adapter
-from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +23,7 @@ from .architectures import (
     find_down_projections,
 )
 from .collecting import collect_statistics
+from .combining import combine
 from .config import EditConfig
 from .editing import FactEditor
 from .facts import Fact, FactLike
@@ -33,6 +31,7 @@ from .layer import EditLayer, EditLinear, unwrapped_name
 from .lifelong import Run, Tracker
 from .loading import check_adapter_weights
 from .memory import EditMemory, EditRecord
+from .mixed_batches import adapter_per_sample
 from .placing import check_located, locate_and_move
 from .report import EditReport
 from .statistics import KeyStatistics
@@ -129,30 +128,9 @@ class EditModel(BaseTuner):
             if dtype is not None and dtype.is_floating_point:
                 layer.edit_delta[adapter_name].to(dtype)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Passes `adapter_names` (one per sample) on to the layers and the modules to save."""
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
-        known = {name for layer in layers for name in layer._all_available_adapter_names()}
-        unknown = set(names) - known - {"__base__"}
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        handles = [
-            module.register_forward_pre_hook(partial(_with_adapter_names, names), with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, (EditLayer, AuxiliaryTrainingWrapper))
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return adapter_per_sample(self, kwargs.pop("adapter_names", None))
 
     # --- adapters ----------------------------------------------------------------------------------------------
 
@@ -209,38 +187,7 @@ class EditModel(BaseTuner):
         Raises:
             ValueError: if names, weights or memories do not fit together; nothing is added then.
         """
-        for name in adapters:
-            if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} does not exist")
-        if adapter_name in self.peft_config:
-            raise ValueError(f"There is an adapter {adapter_name!r} already; choose another name for the combination.")
-        if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"Each adapter needs a weight, got {len(adapters)} adapters and {len(weights)} weights.")
-        if combination_type not in ("linear", "memory"):
-            raise ValueError(f"combination_type must be 'linear' or 'memory', got {combination_type!r}.")
-        modules = [set(self.edit_layers(name)) for name in adapters]
-        if any(names != modules[0] for names in modules):
-            raise ValueError(f"The adapters {adapters} edit different modules and cannot be combined.")
-        memory = self._joined_memory(adapters, weights) if combination_type == "memory" else None
-        config = copy.copy(self.peft_config[adapters[0]])
-        config.memory = None
-        self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
-        if memory is not None:
-            solve_all(self, adapter_name, memory)
-            return
-        for layer in self.edit_layers(adapter_name).values():
-            scaled = [weight * layer.get_delta(name) for name, weight in zip(adapters, weights)]
-            layer.set_delta(adapter_name, torch.stack(scaled).sum(0))
-
-    def _joined_memory(self, adapters: list[str], weights: list[float]) -> EditMemory:
-        if any(weight != 1 for weight in weights):
-            raise ValueError("Edit memories add up with weights of 1 only; use combination_type='linear' for others.")
-        memories = {name: self.peft_config[name].memory for name in adapters}
-        for name, memory in memories.items():
-            if memory is None:
-                raise ValueError(f"Adapter {name!r} has no edit memory to join; use combination_type='linear'.")
-        return reduce(EditMemory.union, memories.values())
+        combine(self, adapters, weights, adapter_name, combination_type)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -304,6 +251,7 @@ class EditModel(BaseTuner):
             strict (`bool`): Raise when the search of a fact diverges, instead of reporting the fact as not written.
             progress (`bool`): Show a progress bar with facts/s.
             search_slots (`int`): Facts whose targets are searched at the same time; 0 for as many as memory allows.
+                Up to twice as many (0: 64) make a group, which one process searches.
             full_search (`bool`): Run the search on whole sequences; for comparison.
             output_dir (`str`, *optional*): Directory for checkpoints; each is a loadable adapter.
             save_steps (`int`): Batches between two checkpoints.
@@ -443,10 +391,3 @@ class EditModel(BaseTuner):
                 self.peft_config[name].memory = EditMemory(statistics=statistics)
             else:
                 solve_all(self, name, memory.with_statistics(statistics))
-
-
-def _with_adapter_names(names: list[str], _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """One name per row of the input; beam search repeats each sample."""
-    beams, rest = divmod(len(args[0]), len(names))
-    kwargs["adapter_names"] = names if rest else [name for name in names for _ in range(beams)]
-    return args, kwargs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,13 +153,26 @@ class KeyStatistics:
         return cls.load(Path(files[0]).parent)
 
     def push_to_hub(self, repo_id: str, token: str | None = None, private: bool | None = None) -> str:
-        """Uploads both files to a model repository of the Hub and returns the commit's address."""
-        import tempfile
+        """Uploads both files to a model repository of the Hub and returns the commit's address.
 
+        A base model that was loaded from a directory is named `./` and that directory's name in what is pushed, with
+        a warning.
+        """
+        from .hub import public_name
+
+        published, name = self, self.fingerprint.get("name_or_path")
+        if name and name != (public := public_name(name)):
+            warnings.warn(
+                f"The base model of these key statistics was loaded from a directory of this computer, '{name}': "
+                f"'{repo_id}' names it '{public}', which does not tell others what model it is. If it is on the Hub, "
+                "set fingerprint['name_or_path'] of the statistics to its name there, and push again.",
+                stacklevel=2,
+            )
+            published = replace(self, fingerprint={**self.fingerprint, "name_or_path": public})
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
+            published.save(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Key statistics"))
 
 

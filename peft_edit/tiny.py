@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from .facts import Fact, as_facts
 def tiny_model_path() -> Path:
     """Directory of the model, its tokenizer, its facts and its card; works with any `from_pretrained`."""
     return Path(__file__).parent / "tiny_model"
+
+
+def is_bundled(path: str | os.PathLike) -> bool:
+    """Whether this is the path of the bundled model, on this computer or on the one where an adapter was made."""
+    return Path(path).parts[-2:] == tiny_model_path().parts[-2:]
 
 
 def load_tiny_model(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

@@ -1,4 +1,8 @@
-"""The part of the Hub's HTTP interface that pushing and fetching a model need, on localhost and in memory."""
+"""The part of the Hub's HTTP interface that pushing and fetching a model need, on localhost and in memory.
+
+Test modules of the Hub name this one in `pytest_plugins` for the fixtures at its end. They import its functions too,
+before pytest could rewrite its asserts: PYTEST_DONT_REWRITE.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,32 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from huggingface_hub import constants, hf_api
+from peft import PeftModel, get_peft_model
+
+from peft_edit import EditConfig
+
+from .models import build_model
+from .world import texts, town_facts, word_tokenizer
 
 
 Files = dict[str, bytes]
 
 TOKEN = "hf_right"
+REPO = "user/edits"
+WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 LFS = ".safetensors"
 
 
@@ -264,3 +282,67 @@ class _Handler(BaseHTTPRequestHandler):
 def _described(content: bytes) -> dict[str, Any]:
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     return {"size": len(content), "oid": blob}
+
+
+# --- what tests of the Hub share ---------------------------------------------------------------------------------
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """What HF_ENDPOINT, HF_HUB_CACHE and the others set when the client is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def load(source: Any = REPO, seed: int = 0, **options: Any) -> Any:
+    """The adapter of `source` on a fresh base model."""
+    return PeftModel.from_pretrained(build_model("llama", seed=seed), source, **options).eval()
+
+
+def check_same(loaded: Any, model: Any) -> None:
+    """The same deltas bit for bit, and the same facts."""
+    for name, layer in model.base_model.edit_layers().items():
+        other = loaded.base_model.edit_layers()[name]
+        assert torch.equal(other.get_delta("default"), layer.get_delta("default"))
+    assert loaded.edited_facts() == model.edited_facts()
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """A model with four facts. Not to be changed."""
+    config = EditConfig(task_type="CAUSAL_LM", layers_to_transform=[0, 1], num_contexts=1, search_steps=3)
+    model: Any = get_peft_model(build_model("llama"), config).eval()
+    model.collect_statistics(texts(), word_tokenizer())
+    model.edit_facts(town_facts(4), word_tokenizer(), batch_size=2, progress=False)
+    return model
+
+
+@pytest.fixture(scope="session")
+def saved(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its directory. Not to be changed."""
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubEndpoint]:
+    """The endpoint, in use."""
+    with hub_endpoint() as endpoint:
+        use_endpoint(monkeypatch, endpoint.url, tmp_path / "cache")
+        yield endpoint
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An address at which nobody answers, in use."""
+    with socket.socket() as held:  # bound and not listening: refused, and nobody else gets the port meanwhile
+        held.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{held.getsockname()[1]}"
+        use_endpoint(monkeypatch, url, tmp_path / "cache")
+        yield url

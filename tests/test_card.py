@@ -153,8 +153,11 @@ def test_the_base_model_is_named_where_it_is_on_the_hub(model, tmp_path):
     assert card.data.base_model == "someone/model-1b" and card.data.base_model_relation == "adapter"
     assert "base_model:adapter:someone/model-1b" in card.data.tags
     config.base_model_name_or_path = str(tmp_path)  # a directory of this computer is nobody's business
-    text = write_card(model, tmp_path / "local").read_text()
-    assert str(tmp_path) not in text and "base_model" not in ModelCard(text).data.to_dict()
+    card = ModelCard.load(write_card(model, tmp_path / "local"))
+    assert str(tmp_path) not in str(card) and "base_model" not in card.data.to_dict()
+    assert f'without a name on the Hub, loaded from a folder "{escape(tmp_path.name)}"' in section(card, "Base model")
+    config.base_model_name_or_path = None
+    assert "loaded from" not in section(ModelCard.load(write_card(model, tmp_path / "none")), "Base model")
 
 
 def test_the_fingerprint_is_that_of_the_base_alone(model, tmp_path):

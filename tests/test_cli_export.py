@@ -11,8 +11,7 @@ from peft_edit import EditMemory
 from peft_edit.tiny import load_tiny_facts, load_tiny_model
 
 from .cli_run import FACTS, contents, document
-from .hub_endpoint import TOKEN, hub_endpoint
-from .test_hub import use_endpoint
+from .hub_endpoint import TOKEN, hub_endpoint, use_endpoint
 
 
 pytest_plugins = "tests.cli_run"

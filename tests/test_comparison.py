@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 from html.parser import HTMLParser
 
 import pytest
@@ -15,7 +16,7 @@ from peft_edit.evaluation import perplexity, recall, score_edits
 from peft_edit.evaluation.bootstrap import Estimate, estimate_differences
 from peft_edit.evaluation.comparison import Comparison, compare_methods
 from peft_edit.evaluation.comparison_entrants import Entrant, as_entrants, parse_entrant
-from peft_edit.evaluation.comparison_figures import shortened
+from peft_edit.evaluation.comparison_figures import DRAWINGS, shortened
 from peft_edit.evaluation.comparison_report import summary, table_rows
 from peft_edit.evaluation.comparison_run import editing_order
 from peft_edit.evaluation.downstream_tasks import DownstreamTask, Example
@@ -295,6 +296,15 @@ def test_figures_are_drawn(whole):
         if name not in ("contributions", "downstream_norm"):
             assert all(label in drawn for label in shortened(ENTRANTS))
         assert "nan" not in drawn.lower()
+
+
+def test_a_notebook_shows_the_figures(whole):
+    drawn = {drawing.name: figure for drawing in DRAWINGS if (figure := drawing.draw(whole)) is not None}
+    assert set(drawn) == {path.stem for path in (whole.folder / "figures").glob("*.png")}
+    for figure in drawn.values():
+        header = figure._repr_png_()[:24]
+        assert header.startswith(b"\x89PNG\r\n\x1a\n")
+        assert struct.unpack(">II", header[16:]) == tuple(int(150 * inches) for inches in figure.get_size_inches())
 
 
 def test_the_table_is_text_and_csv(whole):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+import pickle
+import struct
 import sys
 from pathlib import Path
 
@@ -142,6 +144,29 @@ def test_nothing_to_plot_is_said() -> None:
             plot_norms(empty)
     with pytest.raises(ValueError, match=r"no tracing of \['attention'\]"):
         plot_tracing(tracing(), kinds=["attention"])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plot_norms(NORMS, budget=0.2),
+        lambda: EditReport(norms=NORMS).plot(),
+        lambda: plot_contributions(Contributions([0.1], [0.2], [0.3], [1.0], 1)),
+        lambda: plot_tracing(tracing()),
+    ],
+    ids=["norms", "report", "contributions", "tracing"],
+)
+def test_a_notebook_shows_the_figure(draw, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    figure = draw()
+    header = figure._repr_png_()[:24]
+    assert header.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", header[16:]) == tuple(int(200 * inches) for inches in figure.get_size_inches())
+    assert "matplotlib.pyplot" not in sys.modules
+    assert pickle.loads(pickle.dumps(figure))._repr_png_().startswith(header)
+    formatters = pytest.importorskip("IPython.core.formatters")
+    shown, _ = formatters.DisplayFormatter().format(figure)  # what a kernel does with the value of a cell
+    assert shown["image/png"].startswith(header)
 
 
 def test_pyplot_and_settings_are_left_alone(monkeypatch) -> None:

@@ -1,12 +1,15 @@
 """Figures for papers and notebooks: one column wide, colour-blind safe, and without pyplot's global state.
 
-Every function returns a `matplotlib.figure.Figure`; `figure.savefig("norms.pdf")` writes it.
+Every function returns a `matplotlib.figure.Figure`; `figure.savefig("norms.pdf")` writes it, and a notebook shows it
+where it is the value of a cell.
 """
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..architectures import block_index
@@ -126,7 +129,7 @@ def plot_tracing(report: LocateReport | Tracing, kinds: Sequence[str] | None = N
     missing = [kind for kind in kinds if kind not in tracing.effects]
     if missing or not kinds:
         raise ValueError(f"There is no tracing of {missing}; there is one of {list(tracing.effects)}.")
-    figure = _figure(height=0.45 + 1.45 * len(kinds))
+    figure = new_figure(height=0.45 + 1.45 * len(kinds))
     grid = figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
     for axes, kind in zip(grid, kinds):
         _heat_map(figure, axes, tracing, kind)
@@ -153,8 +156,10 @@ def _heat_map(figure: Any, axes: Any, tracing: Any, kind: str) -> None:
     bar.ax.tick_params(labelsize=TICK_SIZE, length=2)
 
 
-def _figure(height: float) -> Any:
-    """A figure of one column's width, outside pyplot.
+def new_figure(height: float, width: float = COLUMN_INCHES, dpi: int = 200) -> Any:
+    """A figure outside pyplot, one column wide unless told, sizes in inches.
+
+    IPython draws the figures of pyplot's backend alone; others show themselves by a `_repr_png_` of their own.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -163,13 +168,22 @@ def _figure(height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'peft-edit[plots]'.") from error
-    return Figure(figsize=(COLUMN_INCHES, height), dpi=200, layout="constrained")
+    figure: Any = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    figure._repr_png_ = partial(_png, figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _axes(ax: Any, height: float) -> tuple[Any, Any]:
     if ax is not None:
         return ax.get_figure(), ax
-    figure = _figure(height)
+    figure = new_figure(height)
     return figure, figure.subplots()
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
-from ..tiny import tiny_model_path
+from ..tiny import is_bundled, tiny_model_path
 from .errors import CliError, UsageError, explain_hub
 from .saving import finish_save
 from .sources import is_repository
@@ -184,11 +184,6 @@ def base_name(folder: Path, given: str | None) -> str:
     if not Path(name).is_dir() and not is_repository(name) and "/" in name:
         raise CliError(f"The adapter's base model '{name}' is not here: say where it is with --model.")
     return name
-
-
-def is_bundled(name: str) -> bool:
-    """Whether this is the path of the bundled model, here or where the adapter was made."""
-    return Path(name).parts[-2:] == tiny_model_path().parts[-2:]
 
 
 def load_adapter(folder: Path, args: argparse.Namespace) -> tuple[PeftModel, Any]:

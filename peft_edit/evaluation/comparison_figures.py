@@ -1,6 +1,7 @@
 """Figures of a comparison, told apart with any colour vision: colours of Okabe and Ito, and a marker for each entrant.
 
-Every function returns a `matplotlib.figure.Figure`, or None where there is nothing to show.
+Every function returns a `matplotlib.figure.Figure`, which a notebook shows where it is the value of a cell, or None
+where there is nothing to show.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from ..analysis.contributions import PARTS
-from ..analysis.plots import OKABE_ITO, STYLES
+from ..analysis.plots import OKABE_ITO, STYLES, new_figure
 from ..architectures import block_index
 from .comparison import Comparison
 
@@ -312,11 +313,9 @@ def _module_title(name: str) -> str:
 
 def _grid(count: int, columns: int, height: float = 2.3, share_y: bool = False) -> tuple[Any, list[Any]]:
     """A figure with room for `count` axes and a legend above them, outside pyplot's global state."""
-    from matplotlib.figure import Figure
-
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(max(3.6, 2.75 * columns), height * rows + 0.45), dpi=150, layout="constrained")
+    figure = new_figure(height * rows + 0.45, width=max(3.6, 2.75 * columns), dpi=150)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flatten().tolist()
     for axes in grid[count:]:
         axes.set_visible(False)
