@@ -30,7 +30,9 @@ PLAIN = {"early_stopping": "none", "norm_penalty": 0.0, "search_optimizer": "ada
 SETTINGS = {
     "default": {},
     "default, no refinement": {"refinements": 0},
-    "default, 8 refinements": {"refinements": 8},
+    "default, every fact as fully as it goes": {"sufficient_probability": 1.0},
+    "default, sufficient_probability 0.6": {"sufficient_probability": 0.6},
+    "default, sufficient_probability 0.8": {"sufficient_probability": 0.8},
     "plain MEMIT, λp auto": PLAIN,
     "plain MEMIT, λp 41": {**PLAIN, "preservation_weight": 41.0},
 }

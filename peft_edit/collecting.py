@@ -21,8 +21,10 @@ from .statistics import KeyStatistics
 from .workers import Workers
 
 
-# Keys per input dimension that hold quality (arXiv 2506.04226).
-TOKENS_PER_INPUT = 10
+# Keys per input dimension: ten hold a method's scores (arXiv 2506.04226), thirty keep more of what is not edited
+# (docs/benchmarks.md). The model's own samples take far longer to write than to read.
+TOKENS_PER_INPUT = 30
+SAMPLED_PER_INPUT = 10
 
 # Batches' worth of tokens that are read before batches are formed.
 READ_AHEAD = 64
@@ -56,8 +58,8 @@ def collect_statistics(
         texts (`Iterable`): Strings, mappings with a "text" field (a `datasets.Dataset` is an iterable of such), or
             sequences of token ids.
         module_names (`Sequence[str]`): Modules whose input is the key.
-        max_tokens (`int`, *optional*): Where to stop, at the end of a sequence; by default after ten tokens per input
-            dimension of the widest module.
+        max_tokens (`int`, *optional*): Where to stop, at the end of a sequence; by default after thirty tokens per
+            input dimension of the widest module.
         batch_tokens (`int`): Tokens per forward pass at most, padding included; a longer sequence is run alone.
         max_length (`int`): Tokens per sequence at most; longer texts are cut into several.
         source (`str`): What the text is, stored with the statistics.
@@ -87,8 +89,8 @@ def collect_statistics(
             )
     if tokens < widest:
         warnings.warn(
-            f"Key statistics from {tokens} tokens for {widest} input dimensions: at least {TOKENS_PER_INPUT * widest} "
-            "tokens are advised.",
+            f"Key statistics from {tokens} tokens for {widest} input dimensions: at least "
+            f"{SAMPLED_PER_INPUT * widest}, better {TOKENS_PER_INPUT * widest} tokens are advised.",
             stacklevel=2,
         )
     return KeyStatistics(moments, tokens, source, model_fingerprint(model, module_names))

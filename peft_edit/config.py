@@ -85,6 +85,13 @@ class EditConfig(PeftConfig):
             "'auto': 4 with MPES, whose targets have no margin to lose, 0 without, or where the update rule has none."
         },
     )
+    sufficient_probability: float = field(
+        default=0.95,
+        metadata={
+            "help": "A fact whose target the model answers with this probability (geometric mean over its tokens) is "
+            "refined no further, nor is one whose search did not converge. 1: every fact in every round."
+        },
+    )
     early_stopping: str = field(
         default="mpes", metadata={"help": "'mpes' (stop once the target is most probable everywhere) or 'none'."}
     )
@@ -199,6 +206,10 @@ class EditConfig(PeftConfig):
             raise ValueError(f"search_patience must be 'auto' or a whole number >= 0, got {self.search_patience!r}.")
         if self.refinements != "auto" and not (isinstance(self.refinements, int) and self.refinements >= 0):
             raise ValueError(f"refinements must be 'auto' or a whole number >= 0, got {self.refinements!r}.")
+        if not (_is_number(self.sufficient_probability) and 0 <= self.sufficient_probability <= 1):
+            raise ValueError(
+                f"sufficient_probability must be a number from 0 to 1, got {self.sufficient_probability!r}."
+            )
         for name, least in (("search_steps", 1), ("mpes_extra_steps", 0), ("num_contexts", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,12 +24,13 @@ from .lifelong import Run
 from .memory import EditMemory, EditRecord
 from .preparation import encode_facts, prepared_memory, search_settings
 from .prompts import FactPrompts, PromptEncoder, context_window
-from .reading import SubjectReader
 from .report import EditReport, FactReport
 from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
 from .search import SearchResult, choose_forward, search_groups, search_targets
 from .sharded import runnable
+from .solve import Unmet
+from .spreading import Spread
 from .statistics import KeyStatistics
 from .stopwatch import Stopwatch
 from .stream import FactStream
@@ -37,6 +39,9 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     from .model import EditModel
+
+
+SCORED_TOGETHER = 64  # as in the search, so that rounding does not depend on the number of processes
 
 
 class FactEditor:
@@ -219,8 +224,7 @@ class FactEditor:
             usable = self._anchored(chosen, found.of(kept)) if isinstance(found, SearchResult) else found.of(kept)
             records = self._write([facts[i] for i in kept], chosen, usable)
         with self.watch("check"):
-            bare = [fact.rows[0] for fact in prompts]
-            log_probability, greedy = self.score([(row.ids[: row.prompt_length], row.target_ids) for row in bare])
+            log_probability, greedy = self.score([_question(fact) for fact in prompts])
         for record in replaced:
             if record is not None:
                 del self.held[record.key]
@@ -287,10 +291,10 @@ class FactEditor:
             chosen = [prompts[place] for place in own]
             return search_targets(self._forward(prompts[0]), chosen, self.settings, on_finished=advance).tensors()
 
-        found = self.workers.rows(len(prompts), search, self._groups(prompts))
+        found = self.workers.rows(len(prompts), search, self.groups(prompts))
         return SearchResult(*(tensor.to(self.device) for tensor in found))
 
-    def _groups(self, prompts: Sequence[FactPrompts]) -> list[list[int]]:
+    def groups(self, prompts: Sequence[FactPrompts]) -> list[list[int]]:
         """The groups that processes share out."""
         groups, processes = search_groups(prompts, self.settings), self.workers.size
         if self.workers.splits and self.workers.is_main and len(groups) < processes:
@@ -309,7 +313,9 @@ class FactEditor:
             scores = score_targets(self.model, [pairs[place] for place in own])
             return scores.log_probability, scores.greedy
 
-        log_probability, greedy = self.workers.rows(len(pairs), score)
+        starts = range(0, len(pairs), SCORED_TOGETHER)
+        groups = [list(range(start, min(start + SCORED_TOGETHER, len(pairs)))) for start in starts]
+        log_probability, greedy = self.workers.rows(len(pairs), score, groups)
         return log_probability, greedy
 
     def _usable(self, facts: Sequence[Fact], found: SearchResult | FactGradients) -> list[bool]:
@@ -335,22 +341,15 @@ class FactEditor:
     ) -> list[EditRecord]:
         """Spreads the wanted change over the edited layers as MEMIT does (arXiv 2210.07229, algorithm 1)."""
         memory = self.config.memory
-        readers: dict[int, SubjectReader] = {}
+        spread = Spread(self, prompts, found)
         pairs, solutions = {}, {}
         for index, (name, layer) in enumerate(self.layers.items()):
             with self.watch("keys"):
-                delta = layer.get_delta(self.adapter_name)
-                if isinstance(found, FactGradients):
-                    kept_dtype = _kept_dtype(found.keys[index], delta)
-                    keys, values = found.keys[index].to(delta.device, kept_dtype), found.gradients[index].to(delta)
-                else:
-                    row_keys, increments = self._wanted(index, prompts, readers, found)
-                    kept_dtype = _kept_dtype(row_keys, delta)
-                    keys = _fact_keys(row_keys.to(found.targets.dtype)).to(delta.device, kept_dtype)
-                    values = (keys.to(delta) @ delta.T + increments.to(delta)).to(kept_dtype)
+                keys, values = spread.pairs(index)
             with self.watch("solve"):
                 known = module_solution(self.tuner, self.adapter_name, name, memory)
-                solution, values = known.add(keys, values, self.config.refinement_rounds)
+                unmet = self._unmet(name, prompts, found) if isinstance(found, SearchResult) else None
+                solution, values = known.add(keys, values, self.config.refinement_rounds, unmet)
                 layer.set_delta(self.adapter_name, solution.delta)
                 solutions[name] = solution.kept
                 pairs[name] = (keys.cpu(), values.cpu())
@@ -362,50 +361,32 @@ class FactEditor:
         self.config.memory = memory.append(records, pairs, solutions, isinstance(found, FactGradients))
         return records
 
-    def _wanted(
-        self, index: int, prompts: Sequence[FactPrompts], readers: dict[int, SubjectReader], found: SearchResult
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (n, rows, d_in) of a module at the subjects, and the wanted change (n, d_model) of its output.
+    def _unmet(self, name: str, prompts: Sequence[FactPrompts], found: SearchResult) -> Unmet | None:
+        """Which facts need more to be written of them into a module than there is under a delta of it.
 
-        Args:
-            index (`int`): Which edited module, counted from 0.
-            prompts (`Sequence[FactPrompts]`): Of the facts.
-            readers (`dict[int, SubjectReader]`): By the first fact of each group; those of this process are added.
-            found (`SearchResult`): Of all of them.
+        Those that the search has brought to be answered, and that are not yet answered with `sufficient_probability`;
+        a fact that once was is not asked for again. Before the last module no fact can be judged.
         """
-        if len(self.layers) == 1:
-            return found.keys, found.increments
-        name, layer = list(self.layers.items())[index]
-        block = self.block_of[name]
+        sufficient = self.config.sufficient_probability
+        if sufficient >= 1:
+            return None
+        needed = found.converged.clone()
+        layer = self.layers[name]
 
-        def read(own: list[int]) -> Sequence[torch.Tensor]:
-            path = self.paths[name]
-            assert path is not None
-            if own[0] not in readers:
-                readers[own[0]] = SubjectReader(self.model, self.blocks, [prompts[place].rows for place in own])
-            reader = readers[own[0]]
-            # Below the first edited module nothing has changed since the search.
-            row_keys = found.keys[own] if index == 0 else reader.keys(layer, block)
-            output, hidden = reader.outputs(layer, block, self.block_of[self.last])
-            residual = (found.targets[own] - hidden.to(found.targets)) / (len(self.layers) - index)
-            with torch.no_grad():
-                increments = path.pull(output.to(residual), residual.to(output.device))
-            return row_keys, increments
+        def unmet(delta: torch.Tensor) -> torch.Tensor:
+            places = needed.nonzero().flatten().tolist()
+            if name == self.last and places:
+                layer.set_delta(self.adapter_name, delta)
+                with self.watch("check"):
+                    log_probability, greedy = self.score([_question(prompts[place]) for place in places])
+                answered = greedy & (log_probability >= math.log(sufficient))
+                needed[places] = ~answered.to(needed.device)
+            return needed.to(delta.device)
 
-        row_keys, increments = self.workers.rows(len(prompts), read, self._groups(prompts))
-        return row_keys, increments
+        return unmet
 
 
-def _kept_dtype(keys: torch.Tensor, delta: torch.Tensor) -> torch.dtype:
-    """What pairs are kept in: 16 bit where the model computes so, else as the delta."""
-    return keys.dtype if keys.dtype.itemsize == 2 else delta.dtype
-
-
-def _fact_keys(row_keys: torch.Tensor) -> torch.Tensor:
-    """One key per fact, (n, d_in), of those of its rows, (n, rows, d_in).
-
-    As in MEMIT's code the bare prompt counts half, the contexts together the other half.
-    """
-    if row_keys.shape[1] == 1:
-        return row_keys[:, 0]
-    return 0.5 * row_keys[:, 0] + 0.5 * row_keys[:, 1:].mean(1)
+def _question(prompts: FactPrompts) -> tuple[Sequence[int], Sequence[int]]:
+    """A fact's bare prompt and target, as token ids."""
+    bare = prompts.rows[0]
+    return bare.ids[: bare.prompt_length], bare.target_ids

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .adapter import base_model
-from .collecting import collect_statistics, sample_texts
+from .collecting import SAMPLED_PER_INPUT, collect_statistics, sample_texts
 from .facts import Fact, FactError
 from .in_context import encode_in_context, middle_block
 from .memory import EditMemory, EditRecord
@@ -55,14 +55,14 @@ def prepared_memory(
 
 def _sampled_statistics(tuner: EditModel, adapter_name: str, tokenizer: Any) -> KeyStatistics:
     layers, seed = tuner.edit_layers(adapter_name), tuner.peft_config[adapter_name].seed
-    widest = max(layer.in_features for layer in layers.values())
+    count = SAMPLED_PER_INPUT * max(layer.in_features for layer in layers.values())
     warnings.warn(
-        f"No key statistics were given: sampling {10 * widest} tokens of text from the model itself. For the best "
+        f"No key statistics were given: sampling {count} tokens of text from the model itself. For the best "
         "locality collect them once from ordinary text: collect_statistics(texts, tokenizer).",
         stacklevel=2,
     )
     with base_model(tuner) as model:
-        texts = sample_texts(model, tokenizer, 10 * widest, seed=seed)
+        texts = sample_texts(model, tokenizer, count, seed=seed)
         return collect_statistics(model, tokenizer, texts, list(layers), source="sampled from the model")
 
 

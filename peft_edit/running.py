@@ -19,7 +19,7 @@ from functools import cached_property
 
 import torch
 
-from .solve import NormalEquations, Solution, factorised, refined_values, solve_delta, solve_dtype
+from .solve import NormalEquations, Solution, Unmet, factorised, refined_values, solve_delta, solve_dtype
 
 
 PENDING_SHARE = 4  # a new factorisation after d_in / PENDING_SHARE pending pairs
@@ -232,13 +232,17 @@ class RunningSolution:
 
     # --- adding to it ------------------------------------------------------------------------------------------
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0) -> tuple[RunningSolution, torch.Tensor]:
+    def add(
+        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0, unmet: Unmet | None = None
+    ) -> tuple[RunningSolution, torch.Tensor]:
         """The solution with k more pairs.
 
         Args:
             keys (`torch.Tensor`): (k, d_in).
             values (`torch.Tensor`): (k, d_out) wanted outputs.
             rounds (`int`): Rounds in which the values are refined (`refined_values`), unless the budget binds.
+            unmet (*optional*): Given a delta, (d_out, d_in), tells which of the pairs need more, (k,) bool; by
+                default all.
 
         Returns:
             The new solution, and the values that went into it: (k, d_out), rounded to the dtype of `values`.
@@ -246,13 +250,21 @@ class RunningSolution:
         wide_keys, wide_values = self.penalties.effective(keys.to(self.delta)), values.to(self.delta)
         room = len(self.delta.T) // PENDING_SHARE - self.half.shape[1]
         if self.factor is None or self.budget_binding or len(keys) > room:
-            return self._add_afresh(wide_keys, values, rounds)
+            return self._add_afresh(wide_keys, values, rounds, unmet)
         update = _Update.of(self, wide_keys)
         if rounds:
             small, rest = update.inner_new, wide_values - wide_keys @ self.delta.T
             missing = torch.cholesky_solve(rest, small)
             hat = torch.eye(len(keys)).to(small) - torch.cholesky_inverse(small)
-            refined = refined_values(wide_values, wide_values - missing, hat, rounds)
+            spread = torch.cholesky_solve(update.solved.T, small)
+
+            def unmet_with(refined: torch.Tensor) -> torch.Tensor:
+                assert unmet is not None
+                return unmet(self.delta + (refined - wide_values + rest).T @ spread)
+
+            refined = refined_values(
+                wide_values, wide_values - missing, hat, rounds, None if unmet is None else unmet_with
+            )
             values = refined.to(values.dtype)
         running = self._with_pending(wide_keys, values.to(wide_keys), update)
         if self.penalties.max_norm is not None and float(running.delta.norm()) > self.penalties.max_norm:
@@ -260,7 +272,7 @@ class RunningSolution:
         return running, values
 
     def _add_afresh(
-        self, keys: torch.Tensor, values: torch.Tensor, rounds: int
+        self, keys: torch.Tensor, values: torch.Tensor, rounds: int, unmet: Unmet | None = None
     ) -> tuple[RunningSolution, torch.Tensor]:
         known, sums = self.all_equations(), (*self.all_sums, self.count + len(keys))
         store = self.equations.gram.device
@@ -268,10 +280,8 @@ class RunningSolution:
         equations = known.add(keys, values)
         solution = self.penalties.solve(equations, start)
         if rounds and not solution.budget_binding and solution.factor is not None:
-            half = torch.linalg.solve_triangular(solution.factor, keys.T, upper=False)
-            outputs = keys @ solution.delta.T
-            values = refined_values(values.to(keys), outputs, half.T @ half, rounds).to(values.dtype)
-            del solution, equations, half  # room for the second solution
+            values = _refined_afresh(solution, keys, values.to(keys), rounds, unmet).to(values.dtype)
+            del solution, equations  # room for the second solution
             equations = known.add(keys, values)
             solution = self.penalties.solve(equations)
         return self._fresh(equations, sums, self.penalties, solution, store), values
@@ -286,6 +296,22 @@ class RunningSolution:
             half=torch.cat([self.half, update.half], dim=1),
             inner=update.inner(self.inner),
         )
+
+
+def _refined_afresh(
+    solution: Solution, keys: torch.Tensor, values: torch.Tensor, rounds: int, unmet: Unmet | None
+) -> torch.Tensor:
+    """Refined values of the pairs (keys, values), which a fresh solution holds."""
+    assert solution.factor is not None
+    half = torch.linalg.solve_triangular(solution.factor, keys.T, upper=False)
+    spread = torch.linalg.solve_triangular(solution.factor.T, half, upper=True).T
+
+    def unmet_with(refined: torch.Tensor) -> torch.Tensor:
+        assert unmet is not None
+        return unmet(solution.delta + (refined - values).T @ spread)
+
+    outputs = keys @ solution.delta.T
+    return refined_values(values, outputs, half.T @ half, rounds, None if unmet is None else unmet_with)
 
 
 def _with(equations: NormalEquations, part: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> NormalEquations:

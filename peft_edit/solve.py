@@ -13,10 +13,13 @@ cumulative delta minimises
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+
+Unmet = Callable[[torch.Tensor], torch.Tensor]
 
 # "auto" in units of the model. λp: d_in / (λp + d_in) of a wanted value is written by one layer for a typical key; the
 # paper's 15000 at d_in 14336 is 1.05 d_in. λn: a share of λp's mean eigenvalue, λp tr(C) / d_in.
@@ -184,7 +187,9 @@ def solve_delta(
     return Solution(delta, norm, penalty, penalty > floor, factor)
 
 
-def refined_values(values: torch.Tensor, outputs: torch.Tensor, hat: torch.Tensor, rounds: int) -> torch.Tensor:
+def refined_values(
+    values: torch.Tensor, outputs: torch.Tensor, hat: torch.Tensor, rounds: int, unmet: Unmet | None = None
+) -> torch.Tensor:
     """Values for new pairs that bring the solved outputs closer to the wanted ones.
 
     A ridge solution writes only a part of each value: `Δ k = v − r`. Adding what is missing to the values and solving
@@ -192,21 +197,30 @@ def refined_values(values: torch.Tensor, outputs: torch.Tensor, hat: torch.Tenso
     keys (iterated Tikhonov regularisation). Values that point where ordinary keys leave room are met within a round or
     two; those in the way of ordinary text stay behind, which a smaller λp would not give. All rounds are done on H.
 
+    More than is needed need not be written: in each round only the values that are `unmet` are raised.
+
     Args:
         values (`torch.Tensor`): (n, d_out) wanted outputs.
         outputs (`torch.Tensor`): (n, d_out) what the solution gives there, `K Δᵀ`.
         hat (`torch.Tensor`): (n, n), H, of the system that includes the pairs.
-        rounds (`int`): Rounds, >= 0.
+        rounds (`int`): Rounds at most, >= 0.
+        unmet (*optional*): Given the values so far, (n, d_out), tells which pairs need more, (n,) bool; by default
+            all.
 
     Returns:
         `torch.Tensor`: (n, d_out).
     """
     missing = values - outputs
-    refined = values
     for _ in range(rounds):
-        refined = refined + missing
-        missing = missing - hat @ missing
-    return refined
+        step = missing
+        if unmet is not None:
+            needed = unmet(values)
+            if not bool(needed.any()):
+                break
+            step = torch.where(needed[:, None], missing, 0.0)
+        values = values + step
+        missing = missing - hat @ step
+    return values
 
 
 def factorised(system: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Seconds by stage, added up over many turns."""
+"""Seconds by stage, added up over many turns. A stage within another counts for itself alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ class Stopwatch:
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _within: float = field(default=0.0, repr=False)  # seconds of the stages within the present one, so far
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._within
+        self._within = 0.0
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            whole = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + whole - self._within
+            self._within = before + whole

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_edit import EditConfig, Fact, FactError
+from peft_edit import EditConfig, Fact, FactError, editing, spreading
 from peft_edit.evaluation import recall, score_edits
 from peft_edit.solve import NormalEquations, auto_penalties, solve_delta
 from peft_edit.tiny import load_tiny_model
@@ -159,13 +159,12 @@ def test_budget_is_never_exceeded(wrap, facts, tmp_path):
 @pytest.mark.parametrize("stage", ["search_targets", "SubjectReader", "module_solution", "score_targets"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_batch_is_all_or_nothing(wrap, facts, monkeypatch, stage, error):
-    from peft_edit import editing
-
+    module = spreading if stage == "SubjectReader" else editing
     model, tokenizer = wrap(target_modules=["mlp.down_proj"], layers_to_transform=[0, 1])
     edit(model, facts[:3], tokenizer)
     before, held, memory = deltas(model), model.edited_facts(), model.peft_config["default"].memory
     calls = {"left": 1}
-    real = getattr(editing, stage)
+    real = getattr(module, stage)
 
     def failing(*args, **kwargs):
         calls["left"] -= 1
@@ -173,7 +172,7 @@ def test_a_batch_is_all_or_nothing(wrap, facts, monkeypatch, stage, error):
             raise error("in the middle")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(editing, stage, failing)
+    monkeypatch.setattr(module, stage, failing)
     with pytest.raises(error):
         edit(model, facts[2:6], tokenizer)
     assert all(torch.equal(before[name], delta) for name, delta in deltas(model).items())

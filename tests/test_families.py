@@ -59,7 +59,7 @@ def next_words(model, tokenizer, names):
 def test_facts_take_and_the_adapter_travels(family, tmp_path):
     tokenizer, facts = word_tokenizer(), town_facts(4)
     model = wrapped(family)
-    model.collect_statistics(texts(), tokenizer)
+    model.collect_statistics(texts(), tokenizer, max_tokens=640)
     before = next_words(model, tokenizer, NAMES)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot be split.*")

@@ -242,7 +242,7 @@ def test_the_worked_example_runs(monkeypatch):
         exec(compile(block, "adding_a_method.md", "exec"), scope)
     report, model = scope["report"], scope["model"]
     assert len(report.facts) == 20
-    assert report.recalled >= 10
+    assert report.recalled >= 8
     assert set(UPDATES) - before == {"fading"}
     with pytest.raises(ValueError, match=r"retention must be in \(0, 1\]"):
         EditConfig(update="fading", update_settings={"retention": 0})

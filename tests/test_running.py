@@ -78,6 +78,29 @@ def test_refined_values_are_those_of_repeated_solves(rounds):
         assert torch.allclose(running.delta, fresh(penalties, [*pairs, (keys, values)]).delta, rtol=0, atol=1e-11)
 
 
+def test_only_what_is_unmet_is_refined():
+    generator = torch.Generator().manual_seed(1)
+    penalties = Penalties(covariance(generator), 30.0, 0.1)
+    [first, (keys, wanted)] = batches(generator, [5, 4])
+    answers = [torch.tensor(flags) for flags in ([True, True, False, True], [True, False, False, True], [False] * 4)]
+    for known in (start(penalties), start(penalties).add(*first)[0]):
+        pairs, asked = [first] if known.count else [], []
+
+        def unmet(delta, asked=asked):
+            asked.append(delta)
+            return answers[len(asked) - 1]
+
+        running, values = known.add(keys, wanted, 4, unmet)
+        assert len(asked) == 3  # nothing is unmet the third time
+        expected = wanted
+        for delta, needed in zip(asked, answers):
+            solved = fresh(penalties, [*pairs, (keys, expected)]).delta
+            assert torch.allclose(delta, solved, rtol=0, atol=1e-11)
+            expected = expected + torch.where(needed[:, None], wanted - keys @ solved.T, 0.0)
+        assert torch.allclose(values, expected, rtol=0, atol=1e-10)
+        assert torch.allclose(running.delta, fresh(penalties, [*pairs, (keys, values)]).delta, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_norm", [None, 0.6])
 def test_resumes_to_the_last_bit(dtype, max_norm):

@@ -114,8 +114,8 @@ def test_stops_at_the_limit_in_the_order_of_the_texts(model):
     assert found.tokens == 1 + 90 + 2 + 47
     wanted = looped(model, sequences[:4])
     assert all(relative_error(found.second_moments[name], wanted[name]) < 1e-6 for name in MODULES)
-    many = [sequence for seed in range(4) for sequence in uneven_texts(seed)]
-    assert 640 <= collect_statistics(model, None, many, MODULES).tokens < 640 + 100
+    many = [sequence for seed in range(12) for sequence in uneven_texts(seed)]
+    assert 1920 <= collect_statistics(model, None, many, MODULES).tokens < 1920 + 100
 
 
 def test_batches_hold_every_sequence_within_the_budget_and_little_padding():
@@ -218,7 +218,7 @@ def test_no_text_too_little_text_and_broken_models(model):
         collect_statistics(model, tokenizer, texts(), ["nowhere"])
     with pytest.raises(ValueError, match="without a 'text' field"):
         collect_statistics(model, tokenizer, [{"body": "x"}], MODULES)
-    with pytest.warns(UserWarning, match="at least 640 tokens are advised"):
+    with pytest.warns(UserWarning, match="at least 640, better 1920 tokens are advised"):
         collect_statistics(model, tokenizer, ["The town of Ada"], MODULES)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan

@@ -23,6 +23,7 @@ CHANGEABLE = (
     "early_stopping",
     "mpes_extra_steps",
     "refinements",
+    "sufficient_probability",
     "save_memory",
     "search_steps",
     "search_optimizer",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..adapter import base_model
-from ..collecting import TOKENS_PER_INPUT, collect_statistics, sample_texts
+from ..collecting import SAMPLED_PER_INPUT, TOKENS_PER_INPUT, collect_statistics, sample_texts
 from ..facts import Fact, FactError
 from ..fingerprint import model_fingerprint
 from ..prompts import PromptEncoder, context_window
@@ -246,7 +246,7 @@ def _statistics_seconds(
     model: Any, tokenizer: Any, facts: list[Fact], modules: list[ModuleSize], from_text: bool
 ) -> float:
     """How long the key statistics take: a few thousand tokens of them, scaled up."""
-    wanted = TOKENS_PER_INPUT * max(module.d_in for module in modules)
+    wanted = (TOKENS_PER_INPUT if from_text else SAMPLED_PER_INPUT) * max(module.d_in for module in modules)
     some = min(wanted, SAMPLED_TOKENS)
     names = [module.name for module in modules]
     with base_model(model.base_model) as base, warnings.catch_warnings():

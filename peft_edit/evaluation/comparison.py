@@ -18,7 +18,7 @@ import numpy as np
 from peft import get_peft_model
 
 from ..adapter import check_counts
-from ..collecting import TOKENS_PER_INPUT, collect_statistics, sample_texts
+from ..collecting import SAMPLED_PER_INPUT, collect_statistics, sample_texts
 from ..facts import Fact, FactLike
 from ..files import replace_file
 from ..statistics import STATISTICS_JSON, KeyStatistics
@@ -289,7 +289,7 @@ def _prepare(
     else:
         widest = max(_inputs(base.get_submodule(name)) for name in modules)
         source = "texts given" if statistics is not None else "sampled from the model"
-        texts = sample_texts(base, tokenizer, TOKENS_PER_INPUT * widest, seed=0) if statistics is None else statistics
+        texts = sample_texts(base, tokenizer, SAMPLED_PER_INPUT * widest, seed=0) if statistics is None else statistics
         made = collect_statistics(base, tokenizer, texts, modules, source=source)
     made.save(plan.statistics_folder)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from ..running import Penalties
-from ..solve import factorised
+from ..solve import Unmet, factorised
 
 
 if TYPE_CHECKING:
@@ -29,8 +29,13 @@ class ModuleSolution(Protocol):
     def kept(self) -> Any:
         """What the edit memory keeps of it until the next batch."""
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0) -> tuple[ModuleSolution, torch.Tensor]:
-        """The solution with k more pairs, (k, d_in) and (k, d_out), and the values that went into it."""
+    def add(
+        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0, unmet: Unmet | None = None
+    ) -> tuple[ModuleSolution, torch.Tensor]:
+        """The solution with k more pairs, (k, d_in) and (k, d_out), and the values that went into it.
+
+        `rounds` and `unmet` are those of `RunningSolution.add`.
+        """
 
 
 @dataclass(frozen=True, eq=False)

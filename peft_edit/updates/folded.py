@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..solve import factorised
+from ..solve import Unmet, factorised
 from .base import Task, Update
 
 
@@ -87,7 +87,9 @@ class FoldedSolution:
         same = self.task.penalties.same_as(task.penalties) and self.task.device == task.device
         return same and self.update == update
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0) -> tuple[FoldedSolution, torch.Tensor]:
+    def add(
+        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0, unmet: Unmet | None = None
+    ) -> tuple[FoldedSolution, torch.Tensor]:
         """One batch more; these rules do not refine values. A budget that is exceeded scales the delta back to it."""
         self._check_rounds(rounds)
         wide = keys.to(self.delta)

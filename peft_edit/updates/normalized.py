@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..solve import factorised
+from ..solve import Unmet, factorised
 from .base import Task
 from .folded import Folded, FoldedSolution, Step, capped, ridge_increment
 
@@ -121,7 +121,7 @@ class NormalizedSolution(FoldedSolution):
         return cls(update, task, delta, None, Moments.empty(delta.new_zeros(d_in + d_out)), update.step_size(task))
 
     def add(
-        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0
+        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0, unmet: Unmet | None = None
     ) -> tuple[NormalizedSolution, torch.Tensor]:
         """One batch more.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..running import RunningSolution
+from ..solve import Unmet
 from .base import Task, Update
 
 
@@ -38,7 +39,7 @@ class NullSpace(Update):
         threshold (`float`): Largest eigenvalue of C that counts as none, as a share of the mean one, tr(C) / d_in.
     """
 
-    threshold: float = 0.1
+    threshold: float = 0.3
     name = "null_space"
 
     def check(self) -> None:
@@ -98,10 +99,15 @@ class RestrainedSolution:
         return self.running
 
     def add(
-        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0
+        self, keys: torch.Tensor, values: torch.Tensor, rounds: int = 0, unmet: Unmet | None = None
     ) -> tuple[RestrainedSolution, torch.Tensor]:
-        """As `RunningSolution.add`."""
-        running, values = self.running.add(keys, values, rounds)
+        """As `RunningSolution.add`; a pair is unmet under the restrained delta."""
+
+        def unmet_restrained(delta: torch.Tensor) -> torch.Tensor:
+            assert unmet is not None
+            return unmet(restrained(delta, self.largest, self.base))
+
+        running, values = self.running.add(keys, values, rounds, None if unmet is None else unmet_restrained)
         return replace(self, running=running), values
 
 
