@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .model import EditModel
 
 
-SCORED_TOGETHER = 64  # as in the search, so that rounding does not depend on the number of processes
+SCORED_TOGETHER = 16  # as in the search, so that rounding does not depend on the number of processes
 
 
 class FactEditor:

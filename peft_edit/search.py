@@ -159,7 +159,7 @@ def choose_forward(
 
 
 def search_groups(prompts: Sequence[FactPrompts], settings: SearchSettings) -> list[list[int]]:
-    """The groups in which facts are searched, as places in `prompts`: of similar length and about the same size.
+    """The groups in which facts are searched, as places in `prompts`: of about the same size and as much work each.
 
     What a fact's search finds depends, by rounding, on the facts that are run beside it, and a fact at a tie may stop
     a step sooner or later for it. Groups are the same for any number of processes, and so is what they find. Their
@@ -167,8 +167,7 @@ def search_groups(prompts: Sequence[FactPrompts], settings: SearchSettings) -> l
     """
     count = 1 << math.ceil(math.log2(max(1.0, len(prompts) / settings.most_in_group)))
     order = sorted(range(len(prompts)), key=lambda place: _suffix_length(prompts[place]))
-    ends = [len(order) * part // count for part in range(count + 1)]
-    return [order[start:end] for start, end in zip(ends, ends[1:])]
+    return [order[start::count] for start in range(count)]
 
 
 def search_targets(
