@@ -15,18 +15,24 @@ from matplotlib.figure import Figure
 
 
 # Okabe and Ito's palette: told apart also by colour-blind readers.
-COLOURS = {"published": "#999999", "adam": "#0072B2", "normalized": "#D55E00"}
-LABELS = {"published": "published procedure", "adam": "peft-edit, Adam", "normalized": "peft-edit, default"}
+COLOURS = {"published, mpes": "#999999", "published, none": "#555555", "adam": "#0072B2", "normalized": "#D55E00"}
+LABELS = {
+    "published, mpes": "published procedure, MPES",
+    "published, none": "published MEMIT",
+    "adam": "peft-edit, Adam",
+    "normalized": "peft-edit, default",
+}
 
 
 def plot_search(axes: Any, files: dict[str, Path]) -> None:
     """Edits per second of each way, one group of bars for each file."""
     for place, path in enumerate(files.values()):
-        for shift, row in enumerate(json.loads(path.read_text())["rows"]):
+        rows = json.loads(path.read_text())["rows"]
+        for shift, row in enumerate(rows):
             speed, way = 1 / row["seconds_per_edit"], row["way"]
-            label = LABELS[way] if place == 0 else None
-            axes.barh(place + 0.27 * (1 - shift), speed, height=0.25, color=COLOURS[way], label=label)
-            axes.text(speed, place + 0.27 * (1 - shift), f" {speed:.2g}", va="center", fontsize=7)
+            height = place + 0.21 * (shift - (len(rows) - 1) / 2)
+            axes.barh(height, speed, height=0.2, color=COLOURS[way], label=LABELS[way] if place == 0 else None)
+            axes.text(speed, height, f" {speed:.2g}", va="center", fontsize=7)
     axes.set_yticks(range(len(files)), list(files), fontsize=7)
     axes.set(xlabel="edits per second (log)", xscale="log")
     axes.set_xlim(right=axes.get_xlim()[1] * 2)

@@ -15,14 +15,13 @@ from typing import Any
 import peft
 import torch
 from huggingface_hub import CardData, ModelCard
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
 from .adapter import module_reports
 from .config import EditConfig
 from .files import replace_file
 from .fingerprint import model_fingerprint
+from .hub_names import hub_id
 from .markdown import escape, table
 from .memory import MEMORY_FACTS, EditRecord
 from .methods import METHODS
@@ -98,17 +97,6 @@ def write_card(model: PeftModel, directory: str | os.PathLike, contents: CardCon
             "can write to."
         ) from error
     return path
-
-
-def hub_id(name: str | None) -> str | None:
-    """The name, if it can be one of the Hub's and is none of a local directory."""
-    if not name or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
 
 
 def base_id(tuner: EditModel) -> str | None:

@@ -14,23 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
-from huggingface_hub.errors import (
-    BadRequestError,
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import CARD, NORM_PLOT, CardContents, base_id, hub_id, write_card
+from .card import CARD, NORM_PLOT, CardContents, base_id, write_card
 from .config import EditConfig
+from .hub_errors import hub_errors
+from .hub_names import hub_id, public_name
 from .memory import MEMORY_FILES
 from .model import EditModel
 from .statistics import STATISTICS_JSON
@@ -197,78 +188,6 @@ def extend_peft_model() -> None:
     patched.create_or_update_model_card = create_or_update_model_card
 
 
-def public_name(name: str) -> str:
-    """What may be published of a base model's name: all of a name on the Hub; of a path `./` and the last directory.
-
-    The latter is no name that the Hub could have. The bundled model keeps the two directories by which the command
-    line knows it on any computer.
-    """
-    if hub_id(name):
-        return name
-    path = Path(name).absolute()
-    return "/".join([".", *path.parts[-2 if is_bundled(path) else -1 :]])
-
-
-@contextmanager
-def hub_errors(repo_id: str, endpoint: str, revision: str | None = None) -> Iterator[None]:
-    """Raises what the Hub's client raises as an error of one sentence, of the kind that Python has for it."""
-    try:
-        yield
-    except Exception as error:
-        clear = explained(error, repo_id, endpoint, revision)
-        if clear is None:
-            raise
-        raise clear from error
-
-
-def explained(error: BaseException, repo_id: str, endpoint: str, revision: str | None = None) -> Exception | None:
-    """The error in one sentence; None for those that are not the Hub's, the connection's or the disk's."""
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # an upload's thread
-        return explained(error.__cause__, repo_id, endpoint, revision)
-    if isinstance(error, HFValidationError):
-        return ValueError(f"{repo_id!r} is neither a directory nor a repository's name, such as 'user/edits'.")
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, (HTTPError, HfHubHTTPError)):
-        return explained(error.__cause__, repo_id, endpoint, revision)
-    if isinstance(error, LocalEntryNotFoundError):
-        return FileNotFoundError(
-            f"'{repo_id}'{f' at revision {revision!r}' if revision else ''} is not in the cache, and the Hub is not "
-            "asked (local_files_only, or HF_HUB_OFFLINE is set): fetch it online once."
-        )
-    if isinstance(error, OfflineModeIsEnabled):
-        return ConnectionError(f"The Hub at {endpoint} is not asked while HF_HUB_OFFLINE is set: unset it.")
-    if isinstance(error, HfHubHTTPError):
-        return _explained_answer(error, repo_id, endpoint, revision)
-    if isinstance(error, HTTPError):
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return ConnectionError(f"The Hub at {endpoint} cannot be reached ({reason}): check the connection.")
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return type(error)(
-            f"'{error.filename}' cannot be written or read ({error.strerror}): choose a directory that you can write "
-            "to (cache_dir, or TMPDIR for a push), with room on its disk."
-        )
-    return None
-
-
-def _explained_answer(error: HfHubHTTPError, repo_id: str, endpoint: str, revision: str | None) -> Exception:
-    status = error.response.status_code
-    if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(f"'{repo_id}' has no revision {revision!r}: name a branch, tag or commit of it.")
-    if isinstance(error, GatedRepoError):
-        return PermissionError(f"'{repo_id}' is gated: ask for access on {endpoint}/{repo_id}, and give your token.")
-    if isinstance(error, RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"There is no repository '{repo_id}' at {endpoint}, or it is private and the token does not open it."
-        )
-    if status in (401, 403):
-        return PermissionError(
-            f"{endpoint} refuses access to '{repo_id}' ({status}): log in with `hf auth login`, or pass a token that "
-            "may do this."
-        )
-    said = f": {' '.join(error.server_message.split())}" if error.server_message else ""
-    kind = ValueError if isinstance(error, BadRequestError) else OSError
-    return kind(f"{endpoint} answers {status} for '{repo_id}'{said}; nothing was committed.")
-
-
 def _edit_configs(model: PeftModel) -> list[EditConfig]:
     return [config for config in model.peft_config.values() if isinstance(config, EditConfig)]
 
@@ -289,7 +208,7 @@ def _memory_withheld(configs: Collection[EditConfig]) -> Iterator[None]:
 def _warn_of_local_base(model: PeftModel, repo_id: str) -> None:
     tuner: Any = model.base_model
     paths = [config.base_model_name_or_path for config in _edit_configs(model) if config.base_model_name_or_path]
-    if not paths or base_id(tuner):
+    if not paths or base_id(tuner) or is_bundled(paths[0]):
         return
     adapter = next(iter(model.peft_config))
     warnings.warn(

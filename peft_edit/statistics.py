@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 
 from .files import replace_file
 from .fingerprint import check_fingerprint, is_quantised, model_fingerprint
+from .hub_errors import hub_errors
+from .hub_names import public_name
+from .tiny import is_bundled
 
 
 STATISTICS_JSON = "key_statistics.json"
@@ -144,12 +147,19 @@ class KeyStatistics:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **hub_kwargs: Any) -> KeyStatistics:
-        """From a directory, or from a Hub repository (`revision`, `token`, `cache_dir`, `local_files_only`, …)."""
+        """From a directory, or from a Hub repository (`revision`, `token`, `cache_dir`, `local_files_only`, …).
+
+        Raises:
+            FileNotFoundError: if repository, revision or files are not there.
+            PermissionError: if the Hub refuses the token.
+            ConnectionError: if the Hub cannot be reached and the cache does not have the files.
+            ValueError: if the files are broken, or the name is none of a repository.
+        """
         if Path(name_or_path).is_dir():
             return cls.load(name_or_path)
-        files = [
-            hf_hub_download(str(name_or_path), name, **hub_kwargs) for name in (STATISTICS_JSON, STATISTICS_TENSORS)
-        ]
+        repo_id = str(name_or_path)
+        with hub_errors(repo_id, HfApi().endpoint, hub_kwargs.get("revision")):
+            files = [hf_hub_download(repo_id, name, **hub_kwargs) for name in (STATISTICS_JSON, STATISTICS_TENSORS)]
         return cls.load(Path(files[0]).parent)
 
     def push_to_hub(self, repo_id: str, token: str | None = None, private: bool | None = None) -> str:
@@ -157,22 +167,28 @@ class KeyStatistics:
 
         A base model that was loaded from a directory is named `./` and that directory's name in what is pushed, with
         a warning.
-        """
-        from .hub import public_name
 
+        Raises:
+            ValueError: if the name is none of a repository, or the Hub refuses the content.
+            PermissionError: if the Hub refuses the token.
+            ConnectionError: if the Hub cannot be reached.
+            OSError: if the Hub or the disk fails otherwise. In every case the repository's files are as before.
+        """
         published, name = self, self.fingerprint.get("name_or_path")
         if name and name != (public := public_name(name)):
-            warnings.warn(
-                f"The base model of these key statistics was loaded from a directory of this computer, '{name}': "
-                f"'{repo_id}' names it '{public}', which does not tell others what model it is. If it is on the Hub, "
-                "set fingerprint['name_or_path'] of the statistics to its name there, and push again.",
-                stacklevel=2,
-            )
             published = replace(self, fingerprint={**self.fingerprint, "name_or_path": public})
+            if not is_bundled(name):
+                warnings.warn(
+                    "The base model of these key statistics was loaded from a directory of this computer, "
+                    f"'{name}': '{repo_id}' names it '{public}', which does not tell others what model it is. If it "
+                    "is on the Hub, set fingerprint['name_or_path'] of the statistics to its name there, and push "
+                    "again.",
+                    stacklevel=2,
+                )
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with hub_errors(repo_id, api.endpoint), tempfile.TemporaryDirectory() as folder:
             published.save(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Key statistics"))
 
 

@@ -76,10 +76,15 @@ def test_the_bundled_base_is_known_on_other_computers(local, hub):
     model, _ = local
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(tiny_model_path())
-    with pytest.warns(UserWarning, match=r"names it '\./peft_edit/tiny_model'"):
+    statistics = model.peft_config["default"].memory.statistics
+    statistics.fingerprint["name_or_path"] = str(tiny_model_path())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The base model of these")
         model.push_to_hub(REPO, token=TOKEN)
-    first, second, _ = named_bases(hub.repositories[REPO].files())
-    assert first == second == "./peft_edit/tiny_model" and is_bundled(first)
+        statistics.push_to_hub("user/statistics", token=TOKEN)
+    names = named_bases(hub.repositories[REPO].files())
+    assert names == ["./peft_edit/tiny_model"] * 3 and is_bundled(names[0])
+    assert KeyStatistics.from_pretrained("user/statistics").fingerprint["name_or_path"] == names[0]
 
 
 def test_statistics_do_not_tell_the_path_either(local, hub, tmp_path):

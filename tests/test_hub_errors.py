@@ -6,6 +6,7 @@ import tempfile
 import pytest
 from huggingface_hub import constants
 
+from peft_edit import KeyStatistics
 from peft_edit.hub import fetch_edits, push_edits
 
 from .hub_endpoint import REPO, TOKEN
@@ -88,3 +89,23 @@ def test_a_cache_that_cannot_be_written_to(model, hub):
 def test_an_unknown_option_is_named(model, hub):
     with pytest.raises(TypeError, match="with_facts"):
         model.push_to_hub(REPO, token=TOKEN, with_facts=False)
+
+
+def test_statistics_say_it_as_clearly(model, hub):
+    statistics = model.peft_config["default"].memory.statistics
+    with pytest.raises(PermissionError, match=r"refuses access to 'user/edits' \(401\)"):
+        statistics.push_to_hub(REPO, token="hf_wrong")
+    with pytest.raises(ValueError, match="'no such/name' is neither a directory nor a repository's name"):
+        statistics.push_to_hub("no such/name", token=TOKEN)
+    with pytest.raises(FileNotFoundError, match="There is no repository 'user/edits'"):
+        KeyStatistics.from_pretrained(REPO)
+    model.push_to_hub(REPO, token=TOKEN, include_facts=False)
+    with pytest.raises(FileNotFoundError, match="'user/edits' does not hold 'key_statistics.json': name the repo"):
+        KeyStatistics.from_pretrained(REPO)
+
+
+def test_statistics_and_an_unreachable_hub(model, no_hub):
+    with pytest.raises(ConnectionError, match=f"The Hub at {no_hub} cannot be reached"):
+        KeyStatistics.from_pretrained(REPO)
+    with pytest.raises(ConnectionError, match=f"The Hub at {no_hub} cannot be reached"):
+        model.peft_config["default"].memory.statistics.push_to_hub(REPO)

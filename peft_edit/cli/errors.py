@@ -116,7 +116,7 @@ def explain_hub(error: BaseException, name: str, revision: str | None = None) ->
     """
     from huggingface_hub import HfApi, errors
 
-    from ..hub import explained
+    from ..hub_errors import explained
 
     kinds = (
         errors.HfHubHTTPError,
