@@ -24,7 +24,7 @@ import time
 import torch
 from peft import get_peft_model
 
-from benchmarks.published import search_one, write_batch
+from benchmarks.published import memit, search_one, write_batch
 from benchmarks.shapes import SHAPES, build, facts_and_tokenizer
 from peft_edit import EditConfig
 from peft_edit.architectures import find_blocks
@@ -84,16 +84,19 @@ def main() -> None:
     few = prompts[: args.published_facts]
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    covariances = [statistics.second_moments[name] for name in layers]
+    modules = {name: layer.get_base_layer() for name, layer in layers.items()}
+    before = {name: module.weight.detach().clone() for name, module in modules.items()}
     for stopping in args.published or [args.early_stopping]:
         settings = SearchSettings(early_stopping=stopping, steps=args.steps, optimizer="adam", patience=0)
         start = time.perf_counter()
-        found = [search_one(base, blocks[place], list(layers.values())[-1], fact, settings) for fact in few]
+        found = [search_one(base, blocks[place], modules[list(modules)[-1]], fact, settings) for fact in few]
         searched = time.perf_counter() - start
         targets = torch.stack([target for _, target, _ in found])
         read = time.perf_counter()
-        write_batch(base, blocks[: place + 1], list(layers.values()), few, targets, covariances, 1000.0)
+        write_batch(base, blocks[place], modules, few, targets, memit(statistics.second_moments, 1000.0))
         written = time.perf_counter() - read
+        for name, module in modules.items():
+            module.weight.data.copy_(before[name])
         rows.append(
             {
                 "way": f"published, {stopping}",
