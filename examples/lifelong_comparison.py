@@ -20,8 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_edit import Fact, as_facts
-from peft_edit.evaluation.comparison import compare_methods
-from peft_edit.evaluation.comparison_report import summary
+from peft_edit.evaluation.comparison import compare_methods, summary
 from peft_edit.facts import PLACEHOLDER, fill
 from peft_edit.tiny import load_tiny_facts, load_tiny_model
 

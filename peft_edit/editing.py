@@ -17,7 +17,6 @@ from .adapter import module_reports, module_solution, solve_all, transaction
 from .anchoring import anchor_norm, anchored
 from .architectures import block_index, find_blocks
 from .facts import Fact
-from .forward import FullForward
 from .gradients import FactGradients, read_gradients
 from .hooks import evaluating
 from .lifelong import Run
@@ -27,7 +26,7 @@ from .prompts import FactPrompts, PromptEncoder, context_window
 from .report import EditReport, FactReport
 from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
-from .search import SearchResult, choose_forward, search_groups, search_targets
+from .search import FullForward, SearchResult, choose_forward, search_groups, search_targets
 from .sharded import runnable
 from .solve import Unmet
 from .spreading import Spread

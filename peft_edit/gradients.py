@@ -12,7 +12,7 @@ from torch import nn
 
 from .hooks import on_input, on_output
 from .prompts import FactPrompts, TokenizedPrompt
-from .rows import width_buckets
+from .search.rows import width_buckets
 
 
 SPARE_TOKENS = 256  # of padding that cost no more than another pass

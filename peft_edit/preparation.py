@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .adapter import base_model
 from .collecting import SAMPLED_PER_INPUT, collect_statistics, sample_texts
 from .facts import Fact, FactError
-from .in_context import encode_in_context, middle_block
 from .memory import EditMemory, EditRecord
 from .prompts import FactPrompts, PromptEncoder, generate_contexts
 from .search import SearchSettings
+from .search.in_context import encode_in_context, middle_block
 from .statistics import KeyStatistics
 
 

@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 
 from peft_edit.baselines import FineTuning
-from peft_edit.evaluation import comparison_run as running
 from peft_edit.evaluation import perplexity, recall, score_edits
 from peft_edit.evaluation.bootstrap import Estimate, estimate_differences
-from peft_edit.evaluation.comparison import Comparison, compare_methods
-from peft_edit.evaluation.comparison_entrants import Entrant, as_entrants, parse_entrant
-from peft_edit.evaluation.comparison_figures import DRAWINGS, shortened
-from peft_edit.evaluation.comparison_report import summary, table_rows
-from peft_edit.evaluation.comparison_run import editing_order
+from peft_edit.evaluation.comparison import Comparison, Entrant, compare_methods, parse_entrant, summary
+from peft_edit.evaluation.comparison import run as running
+from peft_edit.evaluation.comparison.entrants import as_entrants
+from peft_edit.evaluation.comparison.figures import DRAWINGS, shortened
+from peft_edit.evaluation.comparison.report import table_rows
+from peft_edit.evaluation.comparison.run import editing_order
 from peft_edit.evaluation.downstream_tasks import DownstreamTask, Example
 from peft_edit.evaluation.scores import KINDS
 from peft_edit.tiny import load_tiny_facts, load_tiny_model

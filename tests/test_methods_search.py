@@ -12,15 +12,15 @@ from peft_edit.anchoring import anchor_norm, anchored
 from peft_edit.architectures import TARGET_MODULES, find_blocks
 from peft_edit.editing import FactEditor
 from peft_edit.evaluation import score_edits
-from peft_edit.forward import FullForward, SplitForward
 from peft_edit.gradients import read_gradients
 from peft_edit.hooks import on_output
-from peft_edit.in_context import Inference, encode_in_context, middle_block
 from peft_edit.methods import METHODS
 from peft_edit.prompts import PromptEncoder, generate_contexts
 from peft_edit.residual import ResidualPath, probe_residual_path
 from peft_edit.running import Penalties
-from peft_edit.search import SearchResult, SearchSettings, choose_forward, search_targets
+from peft_edit.search import FullForward, SearchResult, SearchSettings, choose_forward, search_targets
+from peft_edit.search.in_context import Inference, encode_in_context, middle_block
+from peft_edit.search.split_forward import SplitForward
 from peft_edit.statistics import KeyStatistics
 from peft_edit.tiny import load_tiny_model
 from peft_edit.updates import make_update

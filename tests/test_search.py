@@ -5,13 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_edit import forward
-from peft_edit.forward import SplitForward
 from peft_edit.hooks import evaluating
 from peft_edit.prompts import PromptEncoder, generate_contexts
 from peft_edit.residual import ResidualPath, probe_residual_path
-from peft_edit.rows import SearchRows, width_buckets
-from peft_edit.search import SearchSettings, choose_forward, search_groups, search_targets
+from peft_edit.search import SearchSettings, choose_forward, forward, search_groups, search_targets
+from peft_edit.search.rows import SearchRows, width_buckets
+from peft_edit.search.split_forward import SplitForward
 from peft_edit.tiny import load_tiny_facts, load_tiny_model
 
 from .plain_search import plain_search

@@ -1,8 +1,7 @@
 """Scores of an edited model: of the edits, what must stay, what follows from them, and what it can do besides."""
 
 from .cases import KINDS, STAYING_KINDS, Case, CaseError, Probe, case_to_dict, reversal_probe
-from .comparison import Comparison, compare_methods
-from .comparison_entrants import Entrant, parse_entrant
+from .comparison import Comparison, Entrant, compare_methods, parse_entrant
 from .datasets import (
     DATASETS,
     load_cases,

@@ -8,77 +8,26 @@ independent, so many are searched at once, and a fact that stops leaves its plac
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 
-from .forward import FullForward, SplitForward
+from ..prompts import FactPrompts
+from ..residual import ResidualPath
+from .forward import FullForward, input_device
 from .in_context import InContextPrompts, Inference
 from .objective import Objective
-from .prompts import FactPrompts
-from .residual import ResidualPath
 from .rows import SearchRows, View
+from .settings import SLOTS_ON_CPU, SearchSettings
 
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 MOMENTUM = 0.5
 LEAST_GAIN = 0.02  # share of the objective
-
-SLOTS_ON_CPU = 32
-TURNS_PER_SLOT = 2
 MOST_SLOTS = 256
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """Settings of the search; the defaults are the paper's.
-
-    Args:
-        early_stopping (`str`): `"mpes"` or `"none"`.
-        extra_steps (`int`): Updates after the target has become most probable.
-        steps (`int`): Evaluations of the objective at most; the last one is not followed by an update (as in MEMIT).
-        optimizer (`str`): `"normalized"`: steps along the gradient's direction, `lr` times `||h||` long, with
-            momentum; `"adam"`: as published.
-        lr (`float`): Learning rate.
-        weight_decay (`float`): Factor of `||delta|| / ||h||^2`.
-        kl_weight (`float`): Factor of the KL divergence on the essence prompt.
-        max_norm (`float`): Radius of the ball as a share of `||h||`.
-        patience (`int`): With MPES: steps without a gain of `LEAST_GAIN` after which a fact that does not converge is
-            given up; 0 for never.
-        slots (`int`): Facts searched at the same time; 0 for as many as the memory allows.
-        final_weight (`float`): LTI: factor of the divergence from the answers with the fact in context.
-        middle_weight (`float`): LTI: the same of the subject's representation at a middle block.
-        middle_block (`int`, *optional*): LTI: that block; by default halfway between the edited and the last one.
-    """
-
-    early_stopping: str = "mpes"
-    extra_steps: int = 1
-    steps: int = 25
-    optimizer: str = "normalized"
-    lr: float = 0.5
-    weight_decay: float = 0.5
-    kl_weight: float = 0.0625
-    max_norm: float = 0.75
-    patience: int = 4
-    slots: int = 0
-    final_weight: float = 0.0
-    middle_weight: float = 0.0
-    middle_block: int | None = None
-
-    @property
-    def most_in_group(self) -> int:
-        """Facts that are searched as one group at most, see `search_groups`."""
-        return TURNS_PER_SLOT * (self.slots or SLOTS_ON_CPU)
-
-    @property
-    def infers(self) -> bool:
-        """Whether the search needs the model's own answers with the facts in context (LTI)."""
-        return self.final_weight > 0 or self.middle_weight > 0
 
 
 @dataclass(frozen=True)
@@ -116,48 +65,6 @@ class SearchResult:
         return SearchResult(*(tensor[list(facts)] for tensor in self.tensors()))
 
 
-def choose_forward(
-    model: Any,
-    blocks: Sequence[nn.Module],
-    block_index: int,
-    module: nn.Module,
-    path: ResidualPath | None,
-    example: FactPrompts,
-    keys_of: nn.Module | None = None,
-    force_full: bool = False,
-) -> FullForward:
-    """The split forward pass where it gives the full one's answer on an example, else the full one.
-
-    Args:
-        model (`nn.Module`): The causal language model with its adapters in place, in eval mode.
-        blocks (`Sequence[nn.Module]`): Its decoder blocks.
-        block_index (`int`): Index of the block that holds the last edited module.
-        module (`nn.Module`): The last edited module; increments are added to its output.
-        path (`ResidualPath`, *optional*): How that output reaches the residual stream; None if unknown.
-        example (`FactPrompts`): A fact to compare on.
-        keys_of (`nn.Module`, *optional*): The first edited module, if that is another one.
-        force_full (`bool`): Run whole sequences even where the forward pass can be split.
-    """
-    place = (model, list(blocks), block_index, module, path, keys_of)
-    full = FullForward(*place)
-    if path is None or force_full:
-        return full
-    split, reason = SplitForward(*place), ""
-    try:
-        if _agree(split, full, SearchRows.from_prompts([example], _input_device(model))):
-            return split
-    except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = f" ({type(error).__name__}: {error})"
-    warnings.warn(
-        f"The forward pass of {type(model).__name__} cannot be split at the subject{reason}; the target search "
-        "runs whole sequences instead: the same result, only slower.",
-        stacklevel=2,
-    )
-    return full
-
-
 def search_groups(prompts: Sequence[FactPrompts], settings: SearchSettings) -> list[list[int]]:
     """The groups in which facts are searched, as places in `prompts`: of about the same size and as much work each.
 
@@ -192,7 +99,7 @@ def search_targets(
         ValueError: for LTI, if prompts are no `InContextPrompts`.
     """
     order = sorted(range(len(prompts)), key=lambda i: _suffix_length(prompts[i]))
-    forward.prepare(SearchRows.from_prompts([prompts[i] for i in order], _input_device(forward.model)))
+    forward.prepare(SearchRows.from_prompts([prompts[i] for i in order], input_device(forward.model)))
     inference = None
     if settings.infers:
         told = [each for i in order if isinstance(each := prompts[i], InContextPrompts)]
@@ -205,30 +112,8 @@ def search_targets(
     return SearchResult(*(tensor[original.to(tensor.device)] for tensor in found))
 
 
-def _input_device(model: Any) -> torch.device:
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
 def _suffix_length(prompts: FactPrompts) -> int:
     return max(len(row.ids) - row.subject_index for row in prompts.rows)
-
-
-def _agree(split: SplitForward, full: FullForward, rows: SearchRows) -> bool:
-    """Whether both ways give the same logits with an arbitrary increment."""
-    base = split.prepare(rows)
-    full.rows, full.base = rows, base
-    first = torch.zeros(1, dtype=torch.long, device=rows.ids.device)
-    generator = torch.Generator().manual_seed(0)
-    output = base.module_output
-    increment = torch.randn(output.shape, generator=generator).to(output)
-    increment = 0.3 * increment * output.norm() / increment.norm()
-    with torch.no_grad():
-        one, other = (way.logits(way.view(first, whole=True).parts[0], increment).double() for way in (split, full))
-    if not (one.isfinite().all() and other.isfinite().all()):
-        return True  # nothing to compare; the search itself reports facts that are not finite
-    spread = float((other - other.mean(-1, keepdim=True)).abs().max())
-    return float((one - other).abs().max()) <= 0.4 * math.sqrt(torch.finfo(output.dtype).eps) * max(spread, 1e-3)
 
 
 class _Search:

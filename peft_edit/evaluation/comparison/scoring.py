@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..analysis.contributions import residual_contributions
-from ..facts import Fact
-from .bootstrap import Estimate, estimates
-from .downstream import downstream_scores
-from .downstream_tasks import DownstreamTask
-from .retention import perplexity, tenths
-from .scores import KINDS, EditScores, score_edits, score_pairs
+from ...analysis.contributions import residual_contributions
+from ...facts import Fact
+from ..bootstrap import Estimate, estimates
+from ..downstream import downstream_scores
+from ..downstream_tasks import DownstreamTask
+from ..retention import perplexity, tenths
+from ..scores import KINDS, EditScores, score_edits, score_pairs
 
 
 # Sequences on which the parts of the residual stream are measured.

@@ -16,13 +16,13 @@ from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..checkpoints import find_checkpoint
-from ..facts import Fact
-from ..files import replace_file
-from ..statistics import KeyStatistics
-from .comparison_entrants import BASELINES, Entrant
-from .comparison_scoring import Measurement, Plan, finite, limited_threads, make_row, measure
-from .scores import KINDS
+from ...checkpoints import find_checkpoint
+from ...facts import Fact
+from ...files import replace_file
+from ...statistics import KeyStatistics
+from ..scores import KINDS
+from .entrants import BASELINES, Entrant
+from .scoring import Measurement, Plan, finite, limited_threads, make_row, measure
 
 
 Load = Callable[[], tuple[Any, Any]]

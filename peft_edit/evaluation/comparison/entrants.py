@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from inspect import signature
 from typing import Any
 
-from ..baselines import FineTuning, LoraTraining
-from ..config import EditConfig
-from ..methods import METHODS
+from ...baselines import FineTuning, LoraTraining
+from ...config import EditConfig
+from ...methods import METHODS
 
 
 BASELINES: Mapping[str, type[FineTuning] | type[LoraTraining]] = {"ft": FineTuning, "lora": LoraTraining}

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .facts import Fact, fill
+from ..facts import Fact, fill
+from ..hooks import on_input, on_output, replaced_forward
+from ..prompts import FactPrompts, PromptEncoder, TokenizedPrompt, join
 from .forward import FullForward
-from .hooks import on_input, on_output, replaced_forward
-from .prompts import FactPrompts, PromptEncoder, TokenizedPrompt, join
 from .rows import Part, View
 
 

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,18 @@ from typing import Any
 import numpy as np
 from peft import get_peft_model
 
-from ..adapter import check_counts
-from ..collecting import SAMPLED_PER_INPUT, collect_statistics, sample_texts
-from ..facts import Fact, FactLike
-from ..files import replace_file
-from ..statistics import STATISTICS_JSON, KeyStatistics
-from .bootstrap import Estimate, estimate_differences, estimates
-from .comparison_entrants import Entrant, as_entrants
-from .comparison_run import Load, RunFiles, editing_order, run_entrant, write_lines
-from .comparison_scoring import (
+from ...adapter import check_counts
+from ...collecting import SAMPLED_PER_INPUT, collect_statistics, sample_texts
+from ...facts import Fact, FactLike
+from ...files import replace_file
+from ...statistics import STATISTICS_JSON, KeyStatistics
+from ..downstream_tasks import DownstreamTask
+from ..scores import KINDS
+from .entrants import Entrant, as_entrants
+from .report import check_plots, write_report
+from .results import Comparison
+from .run import Load, RunFiles, editing_order, run_entrant, write_lines
+from .scoring import (
     Measurement,
     Plan,
     finite,
@@ -36,7 +38,7 @@ from .comparison_scoring import (
     measurement_from_dict,
     measurement_to_dict,
 )
-from .comparison_setup import (
+from .setup import (
     check_model,
     described,
     digest_of_statistics,
@@ -47,106 +49,10 @@ from .comparison_setup import (
     points_apart,
     unedited_pairs,
 )
-from .downstream_tasks import DownstreamTask
-from .scores import KINDS
 
 
 BASE_JSON, ROWS_JSONL = "base.json", "rows.jsonl"
 MEASURED = (*KINDS, "recall")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison found.
-
-    Args:
-        entrants (`list[Entrant]`): Who took part, in the order given.
-        rows (`list[dict]`): The base at 0 edits, then every entrant, seed and scoring point; see docs/comparison.md.
-        finals (`dict[str, dict[str, list[float]]]`): After the last edit, by label (and "base"), of every fact its
-            values of `KINDS`, and of every unedited prompt `"recall"`; means over seeds. Not of who stopped before.
-        settings (`dict`): The arguments; of facts and texts their digests.
-        environment (`dict`): Versions of what was run.
-        folder (`Path`): Where the files are.
-    """
-
-    entrants: list[Entrant]
-    rows: list[dict[str, Any]]
-    finals: dict[str, dict[str, list[float]]]
-    settings: dict[str, Any]
-    environment: dict[str, str]
-    folder: Path
-
-    @property
-    def base(self) -> dict[str, Any]:
-        """The row of the unedited model."""
-        return self.rows[0]
-
-    def rows_of(self, label: str) -> list[dict[str, Any]]:
-        """An entrant's rows, by seed and edits."""
-        return [row for row in self.rows if row["label"] == label]
-
-    def final_rows(self, label: str) -> list[dict[str, Any]]:
-        """An entrant's last row of each seed."""
-        last = {row["seed"]: row for row in self.rows_of(label)}
-        return list(last.values())
-
-    def final_estimates(self, label: str) -> dict[str, Estimate]:
-        """ES, PS, NS (by the names in `KINDS`), S (`"score"`) and `"recall"` after the last edit, over all seeds.
-
-        Of an entrant that stopped before: those of the seed that came least far; none if it never wrote a batch.
-        """
-        if label in self.finals:
-            values = dict(self.finals[label])
-            recall = values.pop("recall")
-            return estimates(values, KINDS) | estimates({"recall": recall})
-        row = min(self.final_rows(label), key=lambda row: row["edits"])
-        if "scores" not in row:
-            return {}
-        found = {name: row["scores"][name] for name in (*KINDS, "score")} | {"recall": row["recall"]}
-        return {name: Estimate(*known(values)) for name, values in found.items()}
-
-    def mean_over_edits(self, label: str, name: str) -> float | None:
-        """Mean over all edits and seeds of `"seconds_per_edit"`, `"search_steps"` or `"converged"`; None without any.
-
-        A row holds the mean since the row before it.
-        """
-        total, edits, before = 0.0, 0, 0
-        for row in self.rows_of(label):
-            before = 0 if row["edits"] <= before else before  # the next seed
-            if row[name] is not None:
-                total += row[name] * (row["edits"] - before)
-                edits += row["edits"] - before
-            before = row["edits"]
-        return total / edits if edits else None
-
-    @property
-    def best(self) -> str | None:
-        """Label of the entrant with the highest S after the last edit; None if none came that far."""
-        scores = {
-            each.label: self.final_estimates(each.label)["score"].value
-            for each in self.entrants
-            if each.label in self.finals
-        }
-        return max(scores, key=lambda label: np.nan_to_num(scores[label], nan=-1.0), default=None)
-
-    def differences(self) -> dict[str, dict[str, Estimate]]:
-        """The best entrant minus each other one (and the base), by label: `"score"` and `"recall"`, paired.
-
-        Both are worked out on the same resampled facts (unedited prompts), so that an interval without 0 says that the
-        two differ.
-        """
-        best = self.best
-        if best is None:
-            return {}
-        first = self.finals[best]
-        found = {}
-        for label, second in self.finals.items():
-            if label != best:
-                one, other = ({kind: values[kind] for kind in KINDS} for values in (first, second))
-                score = estimate_differences(one, other, KINDS)["score"]
-                one, other = ({"recall": values["recall"]} for values in (first, second))
-                found[label] = {"score": score, "recall": estimate_differences(one, other)["recall"]}
-        return found
 
 
 def compare_methods(
@@ -204,8 +110,6 @@ def compare_methods(
         ValueError: if an argument does not fit, or the directory holds a comparison with other ones; names which.
         ImportError: if figures are wanted and matplotlib is not installed; before anything is run.
     """
-    from .comparison_report import check_plots, write_report
-
     if figures:
         check_plots()
     chosen = as_entrants(entrants)

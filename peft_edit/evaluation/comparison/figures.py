@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..analysis.contributions import PARTS
-from ..analysis.plots import OKABE_ITO, STYLES, new_figure
-from ..architectures import block_index
-from .comparison import Comparison
+from ...analysis.contributions import PARTS
+from ...analysis.plots import OKABE_ITO, STYLES, new_figure
+from ...architectures import block_index
+from .results import Comparison
 
 
 LABEL_SIZE, TICK_SIZE = 9, 8

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .prompts import FactPrompts
+from ..prompts import FactPrompts
 
 
 MOST_ROWS = 512

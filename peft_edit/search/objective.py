@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +17,7 @@ from torch import nn
 from .forward import FullForward
 from .in_context import Inference
 from .rows import View
-
-
-if TYPE_CHECKING:
-    from .search import SearchSettings
+from .settings import SearchSettings
 
 
 class Objective:

@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..adapter import check_counts
-from ..facts import Fact, as_facts
-from ..files import replace_file
-from ..fingerprint import model_fingerprint
-from ..statistics import KeyStatistics
-from .comparison_entrants import Entrant
-from .comparison_scoring import Plan
-from .downstream_tasks import TASKS, DownstreamTask, load_task
+from ...adapter import check_counts
+from ...facts import Fact, as_facts
+from ...files import replace_file
+from ...fingerprint import model_fingerprint
+from ...statistics import KeyStatistics
+from ..downstream_tasks import TASKS, DownstreamTask, load_task
+from .entrants import Entrant
+from .scoring import Plan
 
 
 SETTINGS_JSON = "settings.json"
@@ -162,7 +162,7 @@ def _write_settings(folder: Path, held: dict[str, Any]) -> None:
 
 def environment() -> dict[str, str]:
     """Versions of what results depend on."""
-    from .. import __version__
+    from ... import __version__
 
     names = ("torch", "transformers", "peft", "numpy")
     return {

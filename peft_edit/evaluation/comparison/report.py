@@ -12,11 +12,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
-from .bootstrap import Estimate
-from .comparison import Comparison
-from .comparison_figures import DRAWINGS
-from .scores import KINDS
+from ...files import replace_file
+from ..bootstrap import Estimate
+from ..scores import KINDS
+from .figures import DRAWINGS
+from .results import Comparison
 
 
 TABLE_CSV, REPORT_HTML, FIGURES = "table.csv", "report.html", "figures"
