@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ class Restrained(Update):
 
     def solution(self, memory: EditMemory, module: str, task: Task) -> RestrainedSolution:
         running = memory.solution(module, task.penalties, task.shape, task.device, task.store)
-        largest = float(torch.linalg.matrix_norm(task.base_weight().float(), ord=2))
+        weight = task.base_weight().to(task.device, task.dtype)
+        largest = float(torch.linalg.eigvalsh(weight @ weight.T)[-1].clamp_min(0).sqrt())
         return RestrainedSolution(running, largest, self.base)
 
 
@@ -115,6 +117,9 @@ def restrained(delta: torch.Tensor, largest: float, base: float) -> torch.Tensor
     """The matrix with singular values above `largest` drawn towards it."""
     if float(torch.linalg.matrix_norm(delta, ord="fro")) <= largest:  # then none is above
         return delta
-    left, values, right = torch.linalg.svd(delta, full_matrices=False)
-    logarithm = torch.log(values.clamp_min(largest) / largest) / torch.log(values.new_tensor(base))
-    return (left * torch.minimum(values, largest + logarithm)) @ right
+    squares, left = torch.linalg.eigh(delta @ delta.T)  # far cheaper than all singular vectors
+    above = squares > largest**2
+    left, values = left[:, above], squares[above].sqrt()
+    logarithm = torch.log(values / largest) / math.log(base)
+    change = torch.minimum(values, largest + logarithm) / values - 1
+    return delta + (left * change) @ (left.T @ delta)
