@@ -12,150 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
-from tokenizers import processors
 
-from peft_edit import EditConfig, Fact
-from peft_edit.evaluation import bootstrap, scores
-from peft_edit.evaluation.bootstrap import (
-    estimate_differences,
-    estimates,
-    group_means,
-    harmonic_mean,
-    percentile_interval,
-    resample_indices,
-    resampled_means,
-)
-from peft_edit.evaluation.retention import perplexity, retention, tenths
-from peft_edit.evaluation.scores import (
-    EditScores,
-    compare_with_base,
-    comparison,
-    recall,
-    score_edits,
-    unedited_base,
-)
+from peft_edit import Fact
+from peft_edit.evaluation import scores
+from peft_edit.evaluation.bootstrap import harmonic_mean
+from peft_edit.evaluation.scores import EditScores, compare_with_base, comparison, recall, score_edits, unedited_base
 from peft_edit.evaluation.token_scores import score_tokens, token_accuracy, token_agreement
 from peft_edit.hooks import on_output
 from peft_edit.scoring import predict_targets, score_targets
 
 from . import evaluation_run
-from .evaluation_run import noisy_tiny_model, sentences
+from .plain_scores import KINDS, NAN, edited_tiny, plain_pair
+
+
+pytest_plugins = "tests.plain_scores"
 
 
 ROOT = Path(__file__).resolve().parents[1]
-NAN = float("nan")
-KINDS = ("efficacy", "paraphrase", "neighborhood")
-
-
-@pytest.fixture(scope="module")
-def noisy():
-    return noisy_tiny_model()
-
-
-def edited_tiny(tiny, strength=4.0):
-    """An edit adapter with random deltas, of which nothing was searched."""
-    base, tokenizer = tiny
-    model = get_peft_model(base, EditConfig(task_type="CAUSAL_LM")).eval()
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.edit_layers().values():
-        weight = layer.get_base_weight()
-        layer.set_delta("default", strength * weight.std() * torch.randn(weight.shape, generator=generator))
-    return model, tokenizer
-
-
-def plain_log_probability(model, ids, start):
-    """Log-probabilities of ids[start:], one forward pass for each; and whether each is the most probable."""
-    found, hits = [], []
-    for place in range(start, len(ids)):
-        with torch.no_grad():
-            row = model(input_ids=torch.tensor([ids[:place]])).logits[0, -1].double().log_softmax(-1)
-        found.append(float(row[ids[place]]))
-        hits.append(int(row.argmax()) == ids[place])
-    return found, hits
-
-
-def plain_pair(model, tokenizer, prompt, target):
-    ids = tokenizer(prompt)["input_ids"]
-    return plain_log_probability(model, tokenizer(f"{prompt} {target}")["input_ids"], len(ids))
-
-
-# --- bootstrap -------------------------------------------------------------------------------------------------------
-
-
-def test_means_of_groups_and_harmonic_means_by_hand():
-    assert group_means([1, 3, 10], [0, 0, 2], 4).tolist() == pytest.approx([2, NAN, 10, NAN], nan_ok=True)
-    assert group_means([], [], 2).tolist() == pytest.approx([NAN, NAN], nan_ok=True)
-    means = harmonic_mean([[100, 100, 50], [40, 0, 80], [40, NAN, 0]])
-    assert means.tolist() == pytest.approx([75, 0, NAN], nan_ok=True)
-
-
-@pytest.mark.parametrize("block", [None, 20])
-def test_bootstrap_is_what_a_plain_loop_gives(monkeypatch, block):
-    if block:  # draws come in several blocks
-        monkeypatch.setattr(bootstrap, "_BLOCK_ENTRIES", block)
-    table = {
-        "efficacy": [100.0, 0.0, 100.0, 50.0, 100.0, 0.0],
-        "paraphrase": [50.0, NAN, NAN, 100.0, NAN, NAN],
-        "neighborhood": [0.0, 10.0, 60.0, NAN, 90.0, 100.0],
-    }
-    indices = resample_indices(6, 200, seed=3)
-    assert indices.shape == (200, 6) and set(indices.ravel()) == set(range(6))
-    assert (indices == resample_indices(6, 200, seed=3)).all() and (indices != resample_indices(6, 200, seed=4)).any()
-    expected = {**{name: [] for name in table}, "score": []}
-    for row in indices:
-        means = []
-        for name, values in table.items():
-            drawn = [values[place] for place in row if not math.isnan(values[place])]
-            means.append(sum(drawn) / len(drawn) if drawn else NAN)
-            expected[name].append(means[-1])
-        if any(math.isnan(mean) for mean in means):
-            expected["score"].append(NAN)
-        else:
-            expected["score"].append(0.0 if 0 in means else 3 / sum(1 / mean for mean in means))
-    found = resampled_means(np.stack(list(table.values()), axis=1), 200, seed=3)
-    for column, name in enumerate(table):
-        assert found[:, column].tolist() == pytest.approx(expected[name], nan_ok=True)
-    assert np.isnan(expected["paraphrase"]).any()
-    found = estimates(table, KINDS, confidence=0.8, resamples=200, seed=3)
-    for name, samples in expected.items():
-        samples = sorted(sample for sample in samples if not math.isnan(sample))
-        for end, share in ((found[name].low, 0.1), (found[name].high, 0.9)):
-            place = share * (len(samples) - 1)
-            below, above = samples[math.floor(place)], samples[math.ceil(place)]
-            assert end == pytest.approx(below + (place - math.floor(place)) * (above - below))
-    assert found["paraphrase"].value == pytest.approx(75)
-    assert found["score"].value == pytest.approx(3 / (6 / 350 + 1 / 75 + 5 / 260))
-
-
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for trial in range(300):
-        values = 100.0 * (generator.random(80) < 0.7)
-        low, high = percentile_interval(resampled_means(values[:, None], 300, seed=trial)[:, 0], 0.9)
-        covered += low <= 70.0 <= high
-    assert 0.84 <= covered / 300 <= 0.95
-
-
-def test_paired_differences_are_narrower_than_the_scores_apart():
-    first = {"efficacy": [float(value) for value in range(0, 100, 2)]}
-    second = {"efficacy": [value - 5.0 for value in first["efficacy"]]}
-    assert estimate_differences(first, second)["efficacy"] == pytest.approx((5.0, 5.0, 5.0))
-    apart = estimates(first)["efficacy"]
-    assert apart.high - apart.low > 10
-    with pytest.raises(ValueError, match="same facts can be compared"):
-        estimate_differences(first, {"efficacy": [1.0]})
-
-
-def test_bootstrap_errors_say_what_to_do():
-    with pytest.raises(ValueError, match="no facts to resample"):
-        resampled_means(np.zeros((0, 1)))
-    with pytest.raises(ValueError, match="resamples must be at least 1, got 0"):
-        resampled_means(np.zeros((2, 1)), resamples=0)
-    with pytest.raises(ValueError, match="confidence must be between 0 and 1, such as 0.95, got 95"):
-        percentile_interval([1.0], confidence=95)
-    assert all(math.isnan(end) for end in percentile_interval([NAN]))
 
 
 # --- efficacy, paraphrase, neighborhood ------------------------------------------------------------------------------
@@ -379,87 +252,6 @@ def test_the_base_stands_beside_whether_merged_or_not(tiny, facts):
     with pytest.raises(ArithmeticError), unedited_base(model):
         raise ArithmeticError
     assert all(layer.merged and not layer.disable_adapters for layer in model.edit_layers().values())
-
-
-# --- retention and perplexity ----------------------------------------------------------------------------------------
-
-
-def test_tenths_by_hand():
-    assert tenths(100) == {"first": range(10), "middle": range(45, 55), "last": range(90, 100)}
-    assert tenths(27) == {"first": range(2), "middle": range(12, 14), "last": range(25, 27)}
-    assert tenths(1) == {"first": range(1), "middle": range(1), "last": range(1)}
-
-
-def test_retention_of_an_edited_model(tiny, facts):
-    model, tokenizer = edited_tiny(tiny)
-    chosen = facts[:21]
-    pairs = [(fact.filled_prompt, fact.target_true) for fact in facts[100:112]]
-    text = sentences(facts[200:206])
-    found = retention(model, tokenizer, chosen, pairs, text, resamples=20, window=40, stride=20)
-    for name, places in (("first", [0, 1]), ("middle", [9, 10]), ("last", [19, 20])):
-        scored = score_edits(model, tokenizer, [chosen[place] for place in places], resamples=20)
-        for kind, values in scored.per_fact.items():
-            assert found.tenths[name].edited.per_fact[kind] == pytest.approx(values, abs=1e-3)
-        assert found.tenths[name].base.neighborhood == 100
-    assert found.recall.value == pytest.approx(recall(model, tokenizer, pairs))
-    assert found.recall.low <= found.recall.value <= found.recall.high
-    assert found.perplexity == pytest.approx(perplexity(model, tokenizer, text, 40, 20), rel=1e-5)
-    with model.disable_adapter():
-        assert found.base_recall.value == pytest.approx(recall(model, tokenizer, pairs))
-        assert found.base_perplexity == pytest.approx(perplexity(model, tokenizer, [text], 40, 20), rel=1e-5)
-    assert found.base_perplexity < found.perplexity and found.base_recall.value == 100
-    assert "middle tenth, NS" in str(found) and "perplexity" in str(found)
-    assert json.loads(json.dumps(found.to_dict()))["tenths"]["last"]["base"]["neighborhood"] == 100
-    # Merged for good, with the base given.
-    base, _ = evaluation_run.load_tiny_model()
-    merged = retention(model.merge_and_unload(), tokenizer, chosen, pairs, base=base, resamples=20)
-    assert merged.recall == found.recall and merged.base_recall == found.base_recall
-    assert merged.perplexity is None and "perplexity" not in str(merged)
-    with pytest.raises(ValueError, match="no unedited prompts"):
-        retention(model, tokenizer, chosen, [])
-    with pytest.raises(ValueError, match="no facts to score"):
-        retention(model, tokenizer, [], pairs)
-
-
-@pytest.mark.parametrize("opening", [True, False])
-@pytest.mark.parametrize("window, stride", [(16, 5), (9, 8), (200, None)])
-def test_perplexity_is_that_of_a_plain_loop(noisy, facts, opening, window, stride):
-    model, tokenizer = noisy
-    if not opening:
-        tokenizer = evaluation_run.load_tiny_model()[1]
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    texts = [sentences(facts[:3]), "", "It is", sentences(facts[3:4])]
-    before = [0] if opening else []
-    width, total, count = window - len(before), 0.0, 0
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        for place in range(0 if opening else 1, len(ids)):
-            start = 0
-            while start + width <= place:  # the first window that reaches the token
-                start += stride or window // 2
-            [scored], _ = plain_log_probability(model, [*before, *ids[start : place + 1]], len(before) + place - start)
-            total, count = total + scored, count + 1
-    expected = math.exp(-total / count)
-    for size in (1, 4, 128):
-        assert perplexity(model, tokenizer, texts, window, stride, batch_size=size) == pytest.approx(
-            expected, rel=1e-4
-        )
-
-
-def test_perplexity_by_hand(tiny):
-    """A model to which all tokens are alike has the size of its vocabulary for perplexity."""
-    model, tokenizer = tiny
-    with on_output(model.get_output_embeddings(), torch.zeros_like):
-        found = perplexity(model, tokenizer, "The mother tongue of Danielle Darrieux is French.")
-    assert found == pytest.approx(model.config.vocab_size, rel=1e-4)
-    with on_output(model.get_output_embeddings(), lambda logits: logits * NAN):
-        assert math.isnan(perplexity(model, tokenizer, "The mother tongue"))
-    with pytest.raises(ValueError, match="no token to score"):
-        perplexity(model, tokenizer, ["", ""])
-    with pytest.raises(ValueError, match="stride must be between 1 and 9 for windows of 10 tokens, got 10"):
-        perplexity(model, tokenizer, "It is", window=10, stride=10)
-    with pytest.raises(ValueError, match="exceeds the model's context window of 256"):
-        perplexity(model, tokenizer, "It is", window=300)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

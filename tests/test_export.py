@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from peft_edit import EditConfig
 from peft_edit.evaluation import recall
-from peft_edit.export import EXACT, Spectrum, export_lora
+from peft_edit.export import export_lora
 from peft_edit.tiny import load_tiny_model, tiny_model_path
 
+from . import random_adapters
 from .models import NUM_LAYERS, build_model
+from .random_adapters import apart, deltas, logits
 
 
 PROMPT = "The mother tongue of Danielle Darrieux is"
-TOKENS = torch.tensor([[5, 9, 13, 7], [8, 3, 6, 11]])
 FACTS = 24
 
 
@@ -38,10 +39,6 @@ def edited(tiny_statistics, facts):
     return model, tokenizer
 
 
-def deltas(model, adapter_name="default") -> dict[str, torch.Tensor]:
-    return {name: layer.get_delta(adapter_name) for name, layer in model.base_model.edit_layers(adapter_name).items()}
-
-
 def products(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """BA of every module, in float64."""
     start, end = "base_model.model.", ".lora_A.weight"
@@ -52,19 +49,9 @@ def products(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def apart(left: torch.Tensor, right: torch.Tensor) -> float:
-    return float((left.double() - right.double()).norm() / right.double().norm())
-
-
 def random_adapter(family, **changes) -> PeftModel:
-    torch.manual_seed(1)
-    config = {"task_type": "CAUSAL_LM", "layers_to_transform": [0, 2], "init_weights": False, **changes}
-    return get_peft_model(build_model(family), EditConfig(**config)).eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    return model(tokens).logits.clone()
+    """Random deltas in two of the four blocks."""
+    return random_adapters.random_adapter(family, **{"layers_to_transform": [0, 2], **changes})
 
 
 # --- the same answers --------------------------------------------------------------------------------------------
@@ -306,33 +293,6 @@ def test_the_report_is_json_and_a_table(edited):
     assert f"rank 5, {export.parameters:,} parameters" in lines[0]
     assert lines[3].split()[:3] == ["model.layers.0.mlp.down_proj", "5", str(FACTS)]
     assert f"{export.modules[0].relative_error:.2e}" in lines[3]
-
-
-# --- the decomposition -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(40, 300), (300, 40), (64, 64)])
-def test_singular_values_far_below_the_largest_are_resolved(shape):
-    """Down to 1e-7 of the largest, although the eigenvalues of the Gram matrix would be lost at 1e-14."""
-    torch.manual_seed(0)
-    left, _ = torch.linalg.qr(torch.randn(shape[0], 12, dtype=torch.float64))
-    right, _ = torch.linalg.qr(torch.randn(shape[1], 12, dtype=torch.float64))
-    values = 10.0 ** torch.linspace(0, -7, 12, dtype=torch.float64)
-    delta = left * values @ right.T
-    spectrum = Spectrum.of(delta)
-    torch.testing.assert_close(spectrum.energies[:12].sqrt(), values, rtol=1e-2, atol=0)
-    assert values[9:].norm() > EXACT * values.norm() > values[10:].norm() and spectrum.exact_rank == 10
-    for rank in (1, 6, 11, 12):
-        down, up = spectrum.factors(delta, rank)
-        assert down.shape == (rank, shape[1]) and up.shape == (shape[0], rank)
-        assert apart(up @ down, delta) == pytest.approx(float(values[rank:].norm() / values.norm()), abs=2e-8)
-        torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0), rtol=1e-2, atol=0)
-
-
-def test_rounding_to_float32_adds_no_rank():
-    torch.manual_seed(0)
-    delta = torch.randn(160, 12) @ torch.randn(12, 1024)
-    assert Spectrum.of(delta).exact_rank == 12
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
