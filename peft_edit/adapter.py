@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .facts import Fact
+from .devices import free_memory
+from .facts import Fact, as_facts
+from .layer import delta_norm, same_norm
 from .memory import EditMemory, EditRecord
 from .report import ModuleReport
 from .running import Penalties
@@ -23,26 +25,32 @@ if TYPE_CHECKING:
     from .model import EditModel
 
 
-def editable_adapter(tuner: EditModel, adapter_name: str | None) -> str:
-    """The adapter that is to be changed, or an error that says why it cannot be."""
+def named_adapter(tuner: EditModel, adapter_name: str | None) -> str:
+    """The edit adapter of that name, by default the active one; or an error that says why there is none."""
     active = tuner.active_adapters
     if adapter_name is None:
         candidates = [name for name in active if name in tuner.peft_config and tuner.edit_layers(name)]
         if len(candidates) != 1:
             raise ValueError(
-                f"The active adapters are {list(active)}: activate the edit adapter to change with set_adapter, or "
+                f"The active adapters are {list(active)}: activate the edit adapter with set_adapter, or "
                 "name it with adapter_name=."
             )
         adapter_name = candidates[0]
-    layers = tuner.edit_layers(adapter_name)
-    if not layers:
+    if not tuner.edit_layers(adapter_name):
         raise ValueError(f"There is no edit adapter {adapter_name!r}; there are {sorted(tuner.peft_config)}.")
     if not hasattr(tuner.peft_config[adapter_name], "memory"):
         raise ValueError(
             f"Adapter {adapter_name!r} shares its name with another adapter, whose config has taken the place of the "
             "edit's: load the edits under a name of their own (adapter_name=)."
         )
-    if adapter_name not in active:
+    return adapter_name
+
+
+def editable_adapter(tuner: EditModel, adapter_name: str | None) -> str:
+    """The adapter that is to be changed, or an error that says why it cannot be."""
+    adapter_name = named_adapter(tuner, adapter_name)
+    layers = tuner.edit_layers(adapter_name)
+    if adapter_name not in tuner.active_adapters:
         raise ValueError(
             f"Adapter {adapter_name!r} is not active: call set_adapter({adapter_name!r}) before editing it."
         )
@@ -54,14 +62,35 @@ def editable_adapter(tuner: EditModel, adapter_name: str | None) -> str:
         )
     if any(layer.disable_adapters for layer in layers.values()):
         raise RuntimeError("The adapters are disabled: call enable_adapter_layers() before editing.")
-    if tuner.peft_config[adapter_name].memory is None:
-        if any(bool(layer.get_delta(adapter_name).any()) for layer in layers.values()):
-            raise RuntimeError(
-                f"Adapter {adapter_name!r} has a delta but no edit memory (it was saved with save_memory=False, "
-                "combined from others, or its edit_memory.* files are missing): it serves for "
-                "inference; edit in a new adapter."
-            )
+    _check_delta(tuner, adapter_name)
     return adapter_name
+
+
+def _check_delta(tuner: EditModel, adapter_name: str) -> None:
+    """Raises a RuntimeError if the delta is not what the edit memory was solved to: the next edit would lose it."""
+    memory, norms = tuner.peft_config[adapter_name].memory, delta_norms(tuner, adapter_name)
+    if memory is None and any(norms.values()):
+        raise RuntimeError(
+            f"Adapter {adapter_name!r} has a delta but no edit memory (it was saved with save_memory=False, "
+            "combined from others, or its edit_memory.* files are missing): it serves for "
+            "inference; edit in a new adapter."
+        )
+    if memory is None or (len(memory) and not memory.delta_norms):  # the latter from files of the first release
+        return
+    for name, layer in tuner.edit_layers(adapter_name).items():
+        solved = memory.delta_norms.get(name, 0.0) if len(memory) else 0.0
+        if not same_norm(norms[name], solved, layer.get_delta(adapter_name).dtype):
+            raise RuntimeError(
+                f"Adapter {adapter_name!r} has a delta that is not the solution of its edit memory of {len(memory)} "
+                f"facts ('{name}': norm {norms[name]:.4g} instead of {solved:.4g}): it was trained, or loaded or set "
+                "from elsewhere, and editing would lose it. Load the adapter again with PeftModel.from_pretrained, or "
+                "edit in a new one."
+            )
+
+
+def delta_norms(tuner: EditModel, adapter_name: str) -> dict[str, float]:
+    """||Δ||_F by module."""
+    return {name: delta_norm(layer.get_delta(adapter_name)) for name, layer in tuner.edit_layers(adapter_name).items()}
 
 
 def check_counts(**counts: tuple[Any, int]) -> None:
@@ -78,7 +107,8 @@ def transaction(tuner: EditModel, adapter_name: str) -> Iterator[None]:
     settings = (config.memory, config.norm_budget, config.norm_penalty, config.preservation_weight)
     deltas = {name: layer.get_delta(adapter_name) for name, layer in tuner.edit_layers(adapter_name).items()}
     try:
-        yield
+        with torch.inference_mode(False):  # what is kept must be usable outside of it
+            yield
     except BaseException:
         config.memory, config.norm_budget, config.norm_penalty, config.preservation_weight = settings
         for name, layer in tuner.edit_layers(adapter_name).items():
@@ -129,8 +159,7 @@ def solver_devices(device: torch.device, d_in: int, d_out: int) -> tuple[torch.d
     """
     if device.type != "cuda":
         return device, device
-    free, _ = torch.cuda.mem_get_info(device)
-    needed = 8 * 6 * d_in * (d_in + d_out)
+    free, needed = free_memory(device), 8 * 6 * d_in * (d_in + d_out)
     cpu = torch.device("cpu")
     if needed > free:
         return cpu, cpu
@@ -144,7 +173,8 @@ def solve_all(tuner: EditModel, adapter_name: str, memory: EditMemory) -> None:
         solution = module_solution(tuner, adapter_name, name, memory)
         layer.set_delta(adapter_name, solution.delta)
         solutions[name] = solution.kept
-    tuner.peft_config[adapter_name].memory = memory.with_solutions(solutions)
+    memory = memory.with_solutions(solutions)
+    tuner.peft_config[adapter_name].memory = memory.with_delta_norms(delta_norms(tuner, adapter_name))
 
 
 def module_reports(tuner: EditModel, adapter_name: str) -> list[ModuleReport]:
@@ -169,16 +199,24 @@ def find_records(memory: EditMemory | None, selectors: Collection[Any]) -> list[
 
     Raises:
         KeyError: naming what the adapter does not hold.
+        TypeError: if a selector is none.
     """
     records = memory.records if memory is not None else ()
     by_id = {record.id: record for record in records}
     by_key = {record.key: record for record in records}
     found, missing = [], []
     for selector in selectors:
+        if isinstance(selector, Mapping):
+            (selector,) = as_facts([selector])
         if isinstance(selector, (Fact, EditRecord)):
             record = by_key.get(selector.key)
-        else:
+        elif isinstance(selector, str):
             record = by_id.get(selector)
+        else:
+            raise TypeError(
+                f"A fact to remove is named by its id, a Fact, a mapping or an EditRecord, got {selector!r}. Nothing "
+                "was removed."
+            )
         if record is None:
             missing.append(selector)
         elif record not in found:

@@ -85,16 +85,24 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(tuner: EditModel, adapter_name: str, checkpoint: Path) -> RunState:
+def read_state(checkpoint: Path) -> RunState:
+    """How far the run of a checkpoint had come.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        return RunState(**json.loads((checkpoint / STATE_JSON).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"The checkpoint '{checkpoint}' cannot be resumed ({error}): remove it.") from error
+
+
+def load_checkpoint(tuner: EditModel, adapter_name: str, checkpoint: Path) -> None:
     """Puts a checkpoint's deltas and memory in place.
 
     Raises:
         ValueError: if it is damaged, or of another adapter.
     """
-    try:
-        state = RunState(**json.loads((checkpoint / STATE_JSON).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"The checkpoint '{checkpoint}' cannot be resumed ({error}): remove it.") from error
     memory = EditMemory.load(checkpoint)
     weights = load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME)
     layers = tuner.edit_layers(adapter_name)
@@ -106,7 +114,6 @@ def load_checkpoint(tuner: EditModel, adapter_name: str, checkpoint: Path) -> Ru
     for name, layer in layers.items():
         layer.set_delta(adapter_name, weights[_weight_key(name)])
     tuner.peft_config[adapter_name].memory = memory
-    return state
 
 
 def _weight_key(module: str) -> str:

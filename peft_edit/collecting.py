@@ -69,8 +69,10 @@ def collect_statistics(
         `KeyStatistics`
 
     Raises:
-        ValueError: if there is no text, a module does not exist, or a key is not finite.
+        ValueError: if there is no text, or a single one instead of a list; if a module does not exist, or a key is not
+            finite.
     """
+    _check_several(texts)
     modules = _find_modules(model, module_names)
     length = min(max_length, context_window(model.config) or max_length)
     widest = max(_key_width(name, module) for name, module in modules.items())
@@ -231,6 +233,20 @@ def _mean(total: torch.Tensor, tokens: int) -> torch.Tensor:
 # --- texts to batches ------------------------------------------------------------------------------------------
 
 
+def _check_several(texts: Any) -> None:
+    """Refuses what would be iterated over by its characters, bytes or field names."""
+    if isinstance(texts, (str, bytes, bytearray)):
+        raise ValueError(
+            f"One {type(texts).__name__} was given in place of several texts, and would be read character by "
+            "character: pass a list, [text]."
+        )
+    if isinstance(texts, Mapping):
+        raise ValueError(
+            f"One mapping ({sorted(map(str, texts))}) was given in place of several texts: pass a list of records, "
+            "or one split of a DatasetDict."
+        )
+
+
 def _token_sequences(tokenizer: Any, texts: Iterable[Any], length: int) -> Iterator[list[int]]:
     for text in texts:
         if isinstance(text, Mapping):
@@ -239,6 +255,8 @@ def _token_sequences(tokenizer: Any, texts: Iterable[Any], length: int) -> Itera
                     f"A record without a 'text' field ({sorted(text)}): pass texts, or a dataset with one."
                 )
             text = text["text"]
+        if isinstance(text, (bytes, bytearray)):
+            raise ValueError(f"A text is of the type {type(text).__name__}: decode it, or pass token ids as a list.")
         if isinstance(text, str):
             ids = list(tokenizer(text)["input_ids"]) if text.strip() else []
         else:

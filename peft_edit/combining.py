@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -34,16 +33,18 @@ def combine(
     if any(names != modules[0] for names in modules):
         raise ValueError(f"The adapters {adapters} edit different modules and cannot be combined.")
     memory = joined_memory(tuner, adapters, weights) if combination_type == "memory" else None
-    config = copy.copy(tuner.peft_config[adapters[0]])
-    config.memory = None
-    tuner.peft_config[adapter_name] = config
-    tuner.inject_adapter(tuner.model, adapter_name)
-    if memory is not None:
-        solve_all(tuner, adapter_name, memory)
-        return
-    for layer in tuner.edit_layers(adapter_name).values():
-        scaled = [weight * layer.get_delta(name) for name, weight in zip(adapters, weights)]
-        layer.set_delta(adapter_name, torch.stack(scaled).sum(0))
+    tuner.peft_config[adapter_name] = tuner.peft_config[adapters[0]].without_facts()
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+        if memory is not None:
+            solve_all(tuner, adapter_name, memory)
+            return
+        for layer in tuner.edit_layers(adapter_name).values():
+            scaled = [weight * layer.get_delta(name) for name, weight in zip(adapters, weights)]
+            layer.set_delta(adapter_name, torch.stack(scaled).sum(0))
+    except BaseException:
+        tuner.delete_adapter(adapter_name)
+        raise
 
 
 def joined_memory(tuner: EditModel, adapters: Sequence[str], weights: Sequence[float]) -> EditMemory:

@@ -296,6 +296,13 @@ class EditConfig(PeftConfig):
             setattr(twin, name, value)
         return twin
 
+    def without_facts(self) -> EditConfig:
+        """The same settings and places for another adapter that holds nothing."""
+        twin = copy.copy(self)
+        twin.memory = twin.loaded_memory = None
+        twin.in_use, twin.given = False, {}
+        return twin
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json` and, unless `save_memory` is off, the edit memory beside it."""
         if self.memory is not None and not self.save_memory:

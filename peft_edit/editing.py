@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from .adapter import module_reports, module_solution, solve_all, transaction
+from .adapter import delta_norms, module_reports, module_solution, solve_all, transaction
 from .anchoring import anchor_norm, anchored
 from .architectures import block_index, find_blocks
 from .facts import Fact
@@ -68,6 +68,11 @@ class FactEditor:
         strict: bool = False,
         progress: bool = True,
     ) -> None:
+        if any(parameter.is_inference() for parameter in tuner.model.parameters()):
+            raise RuntimeError(
+                "The model's weights were made in torch.inference_mode(), so that no gradient can pass them: load the "
+                "model, and wrap it, outside of it."
+            )
         self.tuner = tuner
         self.adapter_name = adapter_name
         self.tokenizer = tokenizer
@@ -98,7 +103,7 @@ class FactEditor:
     def run(self, stream: FactStream, run: Run) -> EditReport:
         """Edits a stream of facts batch by batch; see `EditModel.edit_facts`."""
         report = EditReport()
-        with evaluating(self.model), runnable(self.model):
+        with evaluating(self.model), runnable(self.model), torch.inference_mode(False), torch.enable_grad():
             with self.watch("preparation"):
                 self.workers.together(lambda: run.start(self, stream))
                 memory: EditMemory | None = self.workers.together(self._prepared_memory)
@@ -138,11 +143,12 @@ class FactEditor:
         """Facts and their prompts, each batch checked as it comes: that it is sound, and the same in every process."""
         batches = stream.batches()
         while True:
+            first = stream.consumed
             facts = self.workers.together(lambda: next(batches, None))
             self.workers.check_same(f"{stream.consumed} {stream.digest}", "facts")
             if facts is None:
                 return
-            yield facts, self._encode(facts)
+            yield facts, self._encode(facts, first)
 
     def _norm_shares(self) -> dict[str, float]:
         return {
@@ -168,8 +174,8 @@ class FactEditor:
         else:
             self.config.memory = memory
 
-    def _encode(self, facts: Sequence[Fact]) -> list[FactPrompts]:
-        return encode_facts(self.encoder, facts, self.contexts, self.held.values(), self.settings.infers)
+    def _encode(self, facts: Sequence[Fact], first: int = 0) -> list[FactPrompts]:
+        return encode_facts(self.encoder, facts, self.contexts, self.held.values(), self.settings.infers, first)
 
     def _path(self, name: str, prompts: FactPrompts) -> ResidualPath | None:
         if name not in self.paths:
@@ -209,14 +215,15 @@ class FactEditor:
 
     def _edit_batch(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], advance: Any) -> list[FactReport]:
         replaced = [self.held.get(fact.key) for fact in facts]
-        outdated = {record.id for record in replaced if record is not None}
-        if outdated:
-            with self.watch("solve"):
-                solve_all(self.tuner, self.adapter_name, self.config.memory.without(outdated))
+        before = self.config.memory
+        self._forget(before, replaced)
         with self.watch("search"):
             found = self._found(prompts, advance)
         written = self._usable(facts, found)
         kept = [index for index, good in enumerate(written) if good]
+        if any(record is not None and not good for record, good in zip(replaced, written)):
+            replaced = [record if good else None for record, good in zip(replaced, written)]
+            self._forget(before, replaced)  # what could not be replaced stays
         records: list[EditRecord] = []
         if kept:
             chosen = [prompts[i] for i in kept]
@@ -244,6 +251,13 @@ class FactEditor:
             )
             for index, fact in enumerate(facts)
         ]
+
+    def _forget(self, memory: EditMemory, replaced: Sequence[EditRecord | None]) -> None:
+        """The adapter as `memory` has it, without the facts that are about to be replaced."""
+        outdated = {record.id for record in replaced if record is not None}
+        if outdated or memory is not self.config.memory:
+            with self.watch("solve"):
+                solve_all(self.tuner, self.adapter_name, memory.without(outdated))
 
     def _found(self, prompts: Sequence[FactPrompts], advance: Any) -> SearchResult | FactGradients:
         """What the update rule edits from: searched targets, or gradients."""
@@ -357,7 +371,8 @@ class FactEditor:
             EditRecord(fact.fact_id, fact.subject, fact.prompt, fact.target, now, memory.batches + 1, fact.target_true)
             for fact in facts
         ]
-        self.config.memory = memory.append(records, pairs, solutions, isinstance(found, FactGradients))
+        memory = memory.append(records, pairs, solutions, isinstance(found, FactGradients))
+        self.config.memory = memory.with_delta_norms(delta_norms(self.tuner, self.adapter_name))
         return records
 
     def _unmet(self, name: str, prompts: Sequence[FactPrompts], found: SearchResult) -> Unmet | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import MutableMapping
@@ -354,6 +355,16 @@ def _only_multiplies(delta: nn.Module, result: torch.Tensor) -> bool:
         and not (delta._forward_pre_hooks or delta._forward_hooks)
         and not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != result.dtype)
     )
+
+
+def delta_norm(delta: torch.Tensor) -> float:
+    """||Δ||_F, the same for a delta that has been saved and loaded."""
+    return float(delta.float().norm())
+
+
+def same_norm(norm: float, expected: float, dtype: torch.dtype) -> bool:
+    """Whether two norms differ by no more than rounding to that dtype explains."""
+    return math.isclose(norm, expected, rel_tol=2e-2 if dtype.itemsize == 2 else 1e-4)
 
 
 def unwrapped_name(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .checkpoints import RunState, find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoints import RunState, find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from .memory import EditRecord
 from .report import EditReport
 from .stream import FactStream
@@ -67,13 +67,14 @@ class Run:
                 f"'{self.output_dir}' holds a run already ({checkpoint.name}): pass resume_from_checkpoint=True to "
                 "go on with it, or another output_dir."
             )
-        state = load_checkpoint(editor.tuner, editor.adapter_name, checkpoint)
+        state = read_state(checkpoint)
         if state.batch_size != stream.batch_size:
             raise ValueError(
                 f"The run in '{self.output_dir}' has batches of {state.batch_size}, not {stream.batch_size}: resume "
                 "it with the same batch_size."
             )
         stream.skip(state.facts, state.digest)
+        load_checkpoint(editor.tuner, editor.adapter_name, checkpoint)
         self._saved = state.facts
 
     def after_batch(self, editor: FactEditor, stream: FactStream, report: EditReport, count: int) -> None:

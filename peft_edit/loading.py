@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from .fingerprint import check_fingerprint, is_quantised, model_fingerprint
-from .layer import EditLinear, unwrapped_name
+from .layer import EditLinear, delta_norm, same_norm, unwrapped_name
 
 
 if TYPE_CHECKING:
     from .config import EditConfig
+    from .memory import EditMemory
 
 
 def check_adapter_weights(model: nn.Module, config: EditConfig, adapter_name: str, state_dict: dict[str, Any]) -> None:
@@ -55,6 +56,7 @@ def check_adapter_weights(model: nn.Module, config: EditConfig, adapter_name: st
         missing = [name for name in config.memory.statistics.second_moments if name not in by_module]
         if missing:
             raise ValueError(f"The edit memory is about '{missing[0]}', which this adapter does not edit: {remedy}")
+        _check_solved(config.memory, {key: unwrapped_name(name) for key, (name, _) in layers.items()}, state_dict)
     if expected is not None:
         root = (
             model.get_submodule("base_model.model")
@@ -63,3 +65,15 @@ def check_adapter_weights(model: nn.Module, config: EditConfig, adapter_name: st
         )
         actual = model_fingerprint(root, list(by_module))
         check_fingerprint(expected, actual, "The edits of this adapter", quantised=is_quantised(root))
+
+
+def _check_solved(memory: EditMemory, modules: Mapping[str, str], state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Raises a ValueError if the deltas are not those that the edit memory was solved to."""
+    for key, name in modules.items():
+        solved, tensor = memory.delta_norms.get(name.removeprefix("base_model.model.")), state_dict[key]
+        if len(memory) and solved is not None and not same_norm(delta_norm(tensor), solved, tensor.dtype):
+            raise ValueError(
+                f"The adapter file's '{key}' has the norm {delta_norm(tensor):.4g}, and the adapter's edit memory was "
+                f"solved to {solved:.4g}: they are not of the same edits. Load the file with the edit memory that it "
+                "was saved with, into an adapter of its own (adapter_name=)."
+            )

@@ -96,6 +96,8 @@ class EditMemory:
         anchor (`float`, *optional*): The norm that values are rescaled to (`value_norm="anchored"`); None until it has
             been measured.
         gradients (`bool`): Whether values are gradients of the loss by the module's output, not outputs.
+        delta_norms (`dict[str, float]`): Per module, ||Δ||_F as it was solved from these pairs. A delta that has
+            another one has come from elsewhere.
     """
 
     statistics: KeyStatistics
@@ -105,6 +107,7 @@ class EditMemory:
     batches: int = 0
     anchor: float | None = None
     gradients: bool = False
+    delta_norms: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
     _solutions: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _equations: Mapping[str, NormalEquations] = field(default_factory=dict, repr=False, compare=False)
     _marks: Mapping[str, FactoredMark] = field(default_factory=dict, repr=False, compare=False)
@@ -177,6 +180,10 @@ class EditMemory:
     def with_solutions(self, solutions: Mapping[str, Any]) -> EditMemory:
         """The same memory with its solutions at hand."""
         return replace(self, _solutions=dict(solutions), _equations={}, _marks={})
+
+    def with_delta_norms(self, delta_norms: Mapping[str, float]) -> EditMemory:
+        """The same memory, which knows what its deltas are like."""
+        return replace(self, delta_norms=dict(delta_norms))
 
     def canonical(self) -> EditMemory:
         """The same memory as it would be read back from its files: nothing depends on facts that were removed."""
@@ -255,7 +262,7 @@ class EditMemory:
         """Both memories in one: normal equations of disjoint edits over one base add up.
 
         Raises:
-            ValueError: if a fact is in both, or the memories belong to different models or modules.
+            ValueError: if a fact or an id is in both, or the memories belong to different models or modules.
         """
         shared = {record.key for record in self.records} & {record.key for record in other.records}
         if shared:
@@ -263,6 +270,12 @@ class EditMemory:
             raise ValueError(
                 f"Both edit memories hold {len(shared)} of the same facts, among them {prompt!r} on {subject!r}: "
                 "remove them from one adapter first."
+            )
+        twice = {record.id for record in self.records} & {record.id for record in other.records}
+        if twice:
+            raise ValueError(
+                f"Both edit memories hold a fact under the id {sorted(twice)[0]!r}, and not the same one: edit one of "
+                "them again under another id."
             )
         if set(self.statistics.second_moments) != set(other.statistics.second_moments):
             raise ValueError("The edit memories belong to different modules and cannot be added up.")
@@ -305,6 +318,7 @@ class EditMemory:
             "anchor": self.anchor,
             "gradients": self.gradients,
             "modules": sorted(self.statistics.second_moments),
+            "delta_norms": dict(self.delta_norms),
             "factored": {name: asdict(mark) for name, mark in self._current_marks().items()},
         }
         text = json.dumps(about, indent=2, ensure_ascii=False)
@@ -333,21 +347,22 @@ class EditMemory:
             version, count = about["format_version"], about["facts"]
             contexts, batches = about["contexts"], about["batches"]
             contexts = None if contexts is None else tuple(contexts)
-            # Files of the first release know neither.
+            # Files of the first release know none of these.
             anchor, gradients = about.get("anchor"), bool(about.get("gradients"))
+            norms = {str(name): float(norm) for name, norm in about.get("delta_norms", {}).items()}
             anchor = None if anchor is None else float(anchor)
             marks = {
                 name: FactoredMark(tuple(mark["sums"]), float(mark["norm_penalty"]), tuple(mark["penalties"]))
                 for name, mark in about.get("factored", {}).items()
             }
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise _broken(folder / MEMORY_JSON, repr(error)) from error
         if anchor is not None and not 0 < anchor < float("inf"):
             raise _broken(folder / MEMORY_JSON, f"the norm anchor is {anchor}")
         if version != FORMAT_VERSION:
             raise _broken(folder / MEMORY_JSON, f"format version {version}, this release reads {FORMAT_VERSION}")
         try:
-            lines = (folder / MEMORY_FACTS).read_text(encoding="utf-8").splitlines()
+            lines = (folder / MEMORY_FACTS).read_text(encoding="utf-8").split("\n")
             records = tuple(EditRecord(**json.loads(line)) for line in lines if line.strip())
         except (OSError, json.JSONDecodeError, TypeError) as error:
             raise _broken(folder / MEMORY_FACTS, repr(error)) from error
@@ -360,7 +375,7 @@ class EditMemory:
         if any(not mark.sums or not ends.issuperset(mark.sums) or len(mark.penalties) != 4 for mark in marks.values()):
             raise _broken(folder / MEMORY_JSON, "its factorisations do not end where a batch does")
         pairs = _load_pairs(folder / MEMORY_TENSORS, statistics, sizes)
-        return cls(statistics, contexts, records, pairs, batches, anchor, gradients, _marks=marks)
+        return cls(statistics, contexts, records, pairs, batches, anchor, gradients, norms, _marks=marks)
 
 
 def _load_pairs(path: Path, statistics: KeyStatistics, sizes: Sequence[int]) -> dict[str, tuple[Pairs, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapter import base_model, check_counts, editable_adapter, find_records, solve_all, transaction
+from .adapter import base_model, check_counts, editable_adapter, find_records, named_adapter, solve_all, transaction
 from .architectures import (
     TARGET_MODULES,
     block_index,
@@ -312,16 +312,18 @@ class EditModel(BaseTuner):
 
     def edited_facts(self, adapter_name: str | None = None) -> list[EditRecord]:
         """The facts that the adapter holds, oldest first."""
-        memory = self.peft_config[editable_adapter(self, adapter_name)].memory
+        memory = self.peft_config[named_adapter(self, adapter_name)].memory
         return list(memory.records) if memory is not None else []
 
     def remove_facts(
-        self, facts: str | Fact | EditRecord | Iterable[str | Fact | EditRecord], adapter_name: str | None = None
+        self,
+        facts: str | FactLike | EditRecord | Iterable[str | FactLike | EditRecord],
+        adapter_name: str | None = None,
     ) -> list[EditRecord]:
         """Takes facts out: the delta becomes that of an adapter whose memory never had them. No search is needed.
 
         Args:
-            facts: Ids, facts (by subject and prompt) or records.
+            facts: Ids, facts or mappings (by subject and prompt), or records.
             adapter_name (`str`, *optional*): The adapter; by default the active one.
 
         Returns:
@@ -329,11 +331,13 @@ class EditModel(BaseTuner):
 
         Raises:
             KeyError: if the adapter does not hold one of them; nothing is removed then.
+            TypeError: if one is of another kind.
         """
         name = editable_adapter(self, adapter_name)
-        selectors = [facts] if isinstance(facts, (str, Fact, EditRecord)) else list(facts)
+        single = isinstance(facts, (str, Fact, Mapping, EditRecord)) or not isinstance(facts, Iterable)
+        selectors: Any = [facts] if single else facts
         memory = self.peft_config[name].memory
-        found = find_records(memory, selectors)
+        found = find_records(memory, list(selectors))
         if memory is not None and found:
             with transaction(self, name):
                 solve_all(self, name, memory.without({record.id for record in found}))

@@ -96,7 +96,12 @@ def search_settings(config: EditConfig, edited: int, blocks: int, slots: int) ->
 
 
 def encode_facts(
-    encoder: PromptEncoder, facts: Sequence[Fact], contexts: Sequence[str], held: Iterable[EditRecord], told: bool
+    encoder: PromptEncoder,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    held: Iterable[EditRecord],
+    told: bool,
+    first: int = 0,
 ) -> list[FactPrompts]:
     """The facts as token sequences; nothing is edited if one of them cannot be.
 
@@ -106,21 +111,23 @@ def encode_facts(
         contexts (`Sequence[str]`): Prefixes behind which they are searched.
         held (`Iterable[EditRecord]`): What the adapter holds already.
         told (`bool`): Whether the rows that tell the fact are needed too (LTI).
+        first (`int`): How many facts of a stream were edited before these.
 
     Raises:
         FactError: naming the fact, by its index, that cannot be encoded or has the id of another one.
     """
     ids = {record.id: record for record in held}
     encoded: list[FactPrompts] = []
-    for index, fact in enumerate(facts):
+    outcome = f"In the facts from {first} on nothing was edited (those before were)" if first else "Nothing was edited"
+    for index, fact in enumerate(facts, start=first):
         record = ids.get(fact.fact_id)
         if record is not None and record.key != fact.key:
             raise FactError(
-                f"Nothing was edited, fact {index} has the id {fact.fact_id!r}, under which the adapter holds "
+                f"{outcome}, fact {index} has the id {fact.fact_id!r}, under which the adapter holds "
                 f"another fact ({record.prompt!r} on {record.subject!r}): choose another id."
             )
         try:
             encoded.append(encode_in_context(encoder, fact, contexts) if told else encoder.encode_fact(fact, contexts))
         except FactError as error:
-            raise FactError(f"Nothing was edited, fact {index}: {error}") from None
+            raise FactError(f"{outcome}, fact {index}: {error}") from None
     return encoded

@@ -85,6 +85,9 @@ def probe_residual_path(
 
     Returns:
         `ResidualPath`, or None where the module's output reaches the residual stream in another way.
+
+    Raises:
+        ValueError: if the output is not as wide as the residual stream.
     """
     norms = [child for child in block.modules() if child is not module and "norm" in type(child).__name__.lower()]
 
@@ -119,6 +122,12 @@ def probe_residual_path(
         return seen["output"], seen["block"], fed
 
     output, before, fed = run(None)
+    if output.shape != before.shape:
+        raise ValueError(
+            f"A module of type {type(module).__name__} has {len(output)} outputs where the residual stream is "
+            f"{len(before)} wide: facts are written into modules that write to the stream, such as MLP "
+            "down-projections; name those in target_modules."
+        )
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(output.shape, generator=generator).to(output)
     shift = probe * (0.5 * output.float().norm() / probe.float().norm()).clamp_min(1e-3).to(output)

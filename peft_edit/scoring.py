@@ -42,16 +42,16 @@ def score_targets(model: Any, pairs: TokenPairs, chunk: int = 128) -> TargetScor
     Returns:
         `TargetScores`: on the CPU, in the order given.
     """
-    log_probability = torch.zeros(len(pairs))
-    token_accuracy = torch.zeros(len(pairs))
+    log_probability, token_accuracy = torch.zeros(2, len(pairs), dtype=torch.float32)
     greedy = torch.zeros(len(pairs), dtype=torch.bool)
     for part, rows, labels, logits in _target_logits(model, pairs, chunk):
         scored = -nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="none").cpu()
         hit = (logits.argmax(-1).cpu() == labels).float()
-        length = torch.zeros(len(part)).index_add(0, rows, torch.ones(len(rows)))
-        hits = torch.zeros(len(part)).index_add(0, rows, hit)
+        none = scored.new_zeros(len(part))
+        length = none.index_add(0, rows, torch.ones_like(scored))
+        hits = none.index_add(0, rows, hit)
         place = torch.tensor(part)
-        log_probability[place] = torch.zeros(len(part)).index_add(0, rows, scored) / length
+        log_probability[place] = none.index_add(0, rows, scored) / length
         greedy[place] = hits == length
         token_accuracy[place] = hits / length
     return TargetScores(log_probability, greedy, token_accuracy)

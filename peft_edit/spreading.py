@@ -68,7 +68,7 @@ class Spread:
             output, hidden = reader.outputs(layer, block, editor.block_of[editor.last])
             residual = (found.targets[own] - hidden.to(found.targets)) / (len(editor.layers) - index)
             with torch.no_grad():
-                increments = path.pull(output.to(residual), residual.to(output.device))
+                increments = path.pull(output.to(residual.dtype), residual.to(output.device))
             return row_keys, increments
 
         row_keys, increments = editor.workers.rows(len(self.prompts), read, editor.groups(self.prompts))

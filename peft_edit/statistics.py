@@ -138,7 +138,7 @@ class KeyStatistics:
                 raise _broken(path, f"'{name}' has shape {tuple(triangle.shape)}, which is no triangle of {size} rows")
             if not bool(triangle.isfinite().all()):
                 raise _broken(path, f"'{name}' holds values that are not finite numbers")
-            moment = torch.zeros(size, size)
+            moment = torch.zeros(size, size, dtype=torch.float32)
             rows, columns = torch.triu_indices(size, size)
             moment[rows, columns] = triangle.float()
             moment[columns, rows] = triangle.float()

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from .facts import Fact, FactError, as_facts
+from .facts import Fact, FactError, as_facts, checked_facts
+
+
+_NO_FACTS = "Nothing was edited: there are no facts to edit."
 
 
 class FactStream:
@@ -22,7 +25,7 @@ class FactStream:
         batch_size (`int`): Facts per batch.
 
     Raises:
-        FactError: if a fact is malformed, or there are none.
+        FactError: if a fact is malformed, or there are none; of a stream once it is read.
     """
 
     def __init__(self, source: Any, batch_size: int) -> None:
@@ -35,7 +38,7 @@ class FactStream:
         else:
             facts = as_facts(source)
             if not facts:
-                raise FactError("There are no facts to edit.")
+                raise FactError(_NO_FACTS)
             self.whole = facts
             self._items = iter(facts)
 
@@ -50,14 +53,24 @@ class FactStream:
         return None if self.whole is None else self.whole[self.consumed :]
 
     def batches(self) -> Iterator[list[Fact]]:
-        """The batches that are left."""
+        """The batches that are left; none after `skip` has passed over all there are.
+
+        Raises:
+            FactError: if a fact of the next batch is malformed, or the stream is empty.
+        """
         while items := list(islice(self._items, self.batch_size)):
-            try:
-                facts = as_facts(items) if self.whole is None else items
-            except FactError as error:
-                raise FactError(f"In the facts from {self.consumed} on: {error}") from None
+            facts = self._next_facts(items) if self.whole is None else items
             self._count(items, facts)
             yield facts
+        if not self.consumed:
+            raise FactError(_NO_FACTS)
+
+    def _next_facts(self, items: list[Any]) -> list[Fact]:
+        if not self.consumed:
+            return checked_facts(items)
+        return checked_facts(
+            items, self.consumed, f"In the facts from {self.consumed} on nothing was edited (those before were)"
+        )
 
     def skip(self, count: int, digest: str) -> None:
         """Passes over the facts that an earlier run has written.
@@ -69,7 +82,7 @@ class FactStream:
             items = list(islice(self._items, min(self.batch_size, count - self.consumed)))
             if not items:
                 break
-            self._count(items, as_facts(items) if self.whole is None else items)
+            self._count(items, checked_facts(items, self.consumed) if self.whole is None else items)
         if self.consumed != count or self.digest != digest:
             raise ValueError(
                 f"The facts are not those of the run that is to be resumed: its first {count} facts were others. Give "

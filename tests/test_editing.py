@@ -129,6 +129,31 @@ def test_editing_again_replaces_and_says_so(wrap, facts):
     assert len(held) == 5 and held[old.key].target == new.target and held[old.key].batch == 2
 
 
+def test_a_fact_that_could_not_be_replaced_stays(wrap, facts):
+    model, tokenizer = wrap()
+    edit(model, facts[:5], tokenizer)
+    before, held = deltas(model), model.edited_facts()
+    old = facts[2]
+    model.peft_config["default"].search_lr = 1e38
+    with pytest.warns(UserWarning, match="They were not written"):
+        report = edit(model, [Fact(old.subject, old.prompt, facts[4].target)], tokenizer)
+    assert not report.facts[0].written and report.facts[0].replaced is None and "replaced" not in str(report)
+    assert model.edited_facts() == held
+    assert all(torch.equal(delta, before[name]) for name, delta in deltas(model).items())
+
+
+def test_facts_to_remove_may_be_mappings_and_nothing_else_is_taken(wrap, facts):
+    model, tokenizer = wrap()
+    edit(model, facts[:3], tokenizer)
+    fact = facts[0]
+    (gone,) = model.remove_facts({"subject": fact.subject, "prompt": fact.prompt, "target": "anything"})
+    assert gone.subject == fact.subject and len(model.edited_facts()) == 2
+    for wrong in (7, None, [facts[1], 7]):
+        with pytest.raises(TypeError, match="named by its id, a Fact, a mapping or an EditRecord, got"):
+            model.remove_facts(wrong)
+    assert len(model.edited_facts()) == 2
+
+
 def test_budget_is_never_exceeded(wrap, facts, tmp_path):
     model, tokenizer = wrap(norm_budget=0.02)
 

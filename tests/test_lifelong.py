@@ -227,3 +227,23 @@ def test_killed_at_any_point_the_run_ends_with_the_same_adapter(tmp_path, tiny_s
     ]
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("change", ["facts", "batch size"])
+def test_a_refused_resume_leaves_the_adapter_alone(tmp_path, change):
+    edit(small(), town_facts(4), output_dir=tmp_path)
+    model = small()
+    edit(model, town_facts(6)[5:])
+    before = state(model)
+    others = town_facts(4)[::-1] if change == "facts" else town_facts(4)
+    size = 2 if change == "facts" else 3
+    with pytest.raises(ValueError, match="are not those of the run|has batches of 2, not 3"):
+        model.edit_facts(
+            others,
+            word_tokenizer(),
+            batch_size=size,
+            progress=False,
+            output_dir=tmp_path,
+            resume_from_checkpoint=True,
+        )
+    assert_same(state(model), before)

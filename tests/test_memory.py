@@ -43,6 +43,25 @@ def test_comes_back_as_it_was(saved):
     assert all((path / name).is_file() for name in MEMORY_FILES)
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_line_separators_of_unicode_separate_no_facts(saved, tmp_path, character):
+    path, model = saved
+    memory = model.peft_config["default"].memory
+    odd = replace(memory.records[0], subject=f"Ren{character}X")
+    replace(memory, records=(odd, *memory.records[1:])).save(tmp_path / "odd")
+    assert EditMemory.load(tmp_path / "odd").records[0] == odd
+
+
+def test_memories_that_use_an_id_twice_are_not_joined(saved):
+    _, model = saved
+    memory = model.peft_config["default"].memory
+    one, other = memory.without({r.id for r in memory.records[2:]}), memory.without({r.id for r in memory.records[:2]})
+    assert len(one.union(other)) == 4
+    renamed = replace(other, records=(replace(other.records[0], id=one.records[0].id), *other.records[1:]))
+    with pytest.raises(ValueError, match=f"fact under the id '{one.records[0].id}', and not the same one: edit one"):
+        one.union(renamed)
+
+
 def test_a_saved_solution_is_not_resumed_under_other_statistics(tmp_path):
     """Its λ met the budget under the old ones."""
     tokenizer = word_tokenizer()

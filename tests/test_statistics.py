@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 
-from peft_edit import KeyStatistics, collect_statistics, collecting
+from peft_edit import EditConfig, KeyStatistics, collect_statistics, collecting
 from peft_edit.collecting import sample_texts
 from peft_edit.hooks import on_input
 
@@ -224,6 +225,24 @@ def test_no_text_too_little_text_and_broken_models(model):
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         collect_statistics(model, tokenizer, texts(), MODULES)
+
+
+@pytest.mark.parametrize(
+    ("slip", "said"),
+    [
+        ("The town of Ada is Rome.", r"One str was given .* pass a list, \[text\]"),
+        (b"The town of Ada is Rome.", r"One bytes was given .* pass a list, \[text\]"),
+        ({"text": ["The town of Ada is Rome."]}, r"One mapping \(\['text'\]\) was given"),
+        ([b"The town of Ada is Rome."], "of the type bytes: decode it"),
+    ],
+)
+def test_one_text_in_place_of_several_is_refused(model, slip, said):
+    with pytest.raises(ValueError, match=said):
+        collect_statistics(model, word_tokenizer(), slip, MODULES)
+    edited = get_peft_model(model, EditConfig(task_type="CAUSAL_LM", layers_to_transform=[0]))
+    with pytest.raises(ValueError, match=said):
+        edited.collect_statistics(slip, word_tokenizer())
+    assert edited.peft_config["default"].memory is None
 
 
 def test_sampled_text_is_seeded_and_leaves_the_global_state_alone(model):

@@ -51,7 +51,7 @@ class AdapterFiles:
             return cls(folder, config, None, 0, {})
         try:
             about = json.loads((folder / MEMORY_JSON).read_text(encoding="utf-8"))
-            lines = (folder / MEMORY_FACTS).read_text(encoding="utf-8").splitlines()
+            lines = (folder / MEMORY_FACTS).read_text(encoding="utf-8").split("\n")
             records = tuple(EditRecord(**json.loads(line)) for line in lines if line.strip())
             statistics = json.loads((folder / STATISTICS_JSON).read_text(encoding="utf-8"))
             count, batches = int(about["facts"]), int(about["batches"])

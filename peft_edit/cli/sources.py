@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -167,10 +168,10 @@ def _json_records(path: Path) -> Iterator[Placed]:
 
 
 def _csv_records(path: Path) -> Iterator[Placed]:
-    lines = _read_text(path).splitlines(keepends=True)
-    head = lines[0] if lines else ""
+    text = _read_text(path)
+    head = text.partition("\n")[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = [name.strip() for name in next(reader, [])]
         missing = [name for name in REQUIRED if name not in columns]

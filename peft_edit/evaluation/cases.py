@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..facts import PLACEHOLDER, Fact, FactError, check_fact, fact_from_mapping, fact_to_dict, fill
+from ..facts import PLACEHOLDER, Fact, FactError, check_fact, fact_from_mapping, fact_to_dict, fill, with_placeholder
 
 
 PORTABILITY = "portability"
@@ -313,7 +313,7 @@ def _flat_fact(record: Any, target: str, target_true: str | None, paraphrase: st
     true = None if target_true is None else _answers(record.get(target_true), target_true, may_be_empty=True)
     fact = Fact(
         subject=subject,
-        prompt=text if PLACEHOLDER in text else text.replace(subject, PLACEHOLDER, 1),
+        prompt=text if PLACEHOLDER in text else with_placeholder(text, subject),
         target=_text(record, target).strip(),
         target_true=true[0] if true else None,
         paraphrases=_answers(record.get(paraphrase) or [], paraphrase, may_be_empty=True),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..devices import free_memory
 from ..prompts import FactPrompts
 from ..residual import ResidualPath
 from .forward import FullForward, input_device
@@ -283,7 +284,4 @@ def slots_that_fit(forward: FullForward, infers: bool = False) -> int:
     wide, size = base.hidden.shape[-1] * 16 + base.keys.shape[-1] * 6, base.hidden.element_size()
     blocks = len(forward.blocks) - forward.block_index
     per_fact = rows.rows_per_fact * suffix * blocks * wide * size + reads * vocabulary * (size + 20)
-    free = (
-        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    )
-    return int(max(1, min(MOST_SLOTS, free / 2 / per_fact)))
+    return int(max(1, min(MOST_SLOTS, free_memory(device) / 2 / per_fact)))
