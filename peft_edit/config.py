@@ -115,6 +115,13 @@ class EditConfig(PeftConfig):
     search_weight_decay: float = field(default=0.5, metadata={"help": "Weight of ||δ|| / ||h||² in the search."})
     search_kl_weight: float = field(default=0.0625, metadata={"help": "Weight of the KL divergence on '{} is a'."})
     search_max_norm: float = field(default=0.75, metadata={"help": "Radius of the ball for δ as a share of ||h||."})
+    joint_search: bool = field(
+        default=True,
+        metadata={
+            "help": "Facts that share a key (the same subject behind the same words) are written one after the other, "
+            "each searched together with those that the adapter holds; False: each by itself, as published."
+        },
+    )
     lti: bool = field(
         default=False,
         metadata={

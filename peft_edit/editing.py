@@ -28,6 +28,7 @@ from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
 from .search import FullForward, SearchResult, choose_forward, search_groups, search_targets
 from .sharded import runnable
+from .shared_keys import in_turns, text_up_to_subject, with_companions
 from .solve import Unmet
 from .spreading import Spread
 from .statistics import KeyStatistics
@@ -214,11 +215,20 @@ class FactEditor:
     # --- one batch -----------------------------------------------------------------------------------------------
 
     def _edit_batch(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], advance: Any) -> list[FactReport]:
+        """All of it at once, or in turns where facts share a key."""
+        turns = in_turns(facts) if self.config.joint_search else [list(range(len(facts)))]
+        reports: dict[int, FactReport] = {}
+        for turn in turns:
+            done = self._edit_turn([facts[place] for place in turn], [prompts[place] for place in turn], advance)
+            reports.update(zip(turn, done))
+        return [reports[place] for place in range(len(facts))]
+
+    def _edit_turn(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts], advance: Any) -> list[FactReport]:
         replaced = [self.held.get(fact.key) for fact in facts]
         before = self.config.memory
         self._forget(before, replaced)
         with self.watch("search"):
-            found = self._found(prompts, advance)
+            found = self._found(self._joined(facts, prompts), advance)
         written = self._usable(facts, found)
         kept = [index for index, good in enumerate(written) if good]
         if any(record is not None and not good for record, good in zip(replaced, written)):
@@ -251,6 +261,20 @@ class FactEditor:
             )
             for index, fact in enumerate(facts)
         ]
+
+    def _joined(self, facts: Sequence[Fact], prompts: Sequence[FactPrompts]) -> Sequence[FactPrompts]:
+        """The prompts, with those of facts that the adapter holds under the same key."""
+        if not self.config.joint_search or self.settings.infers:
+            return prompts
+        texts: dict[str, list[EditRecord]] = {text_up_to_subject(fact): [] for fact in facts}
+        for record in self.held.values():
+            texts.get(text_up_to_subject(record), []).append(record)
+        joined = []
+        for fact, own in zip(facts, prompts):
+            others = [record for record in texts[text_up_to_subject(fact)] if record.key != fact.key]
+            told = (Fact(record.subject, record.prompt, record.target) for record in others)
+            joined.append(with_companions(own, [self.encoder.encode_fact(each, self.contexts) for each in told]))
+        return joined
 
     def _forget(self, memory: EditMemory, replaced: Sequence[EditRecord | None]) -> None:
         """The adapter as `memory` has it, without the facts that are about to be replaced."""
@@ -302,7 +326,9 @@ class FactEditor:
     def _search(self, prompts: Sequence[FactPrompts], advance: Any) -> SearchResult:
         def search(own: list[int]) -> Sequence[torch.Tensor]:
             chosen = [prompts[place] for place in own]
-            return search_targets(self._forward(prompts[0]), chosen, self.settings, on_finished=advance).tensors()
+            found = search_targets(self._forward(prompts[0]), chosen, self.settings, on_finished=advance)
+            # Companions, behind a fact's own rows, have the same keys.
+            return replace(found, keys=found.keys[:, : 1 + len(self.contexts)]).tensors()
 
         found = self.workers.rows(len(prompts), search, self.groups(prompts))
         return SearchResult(*(tensor.to(self.device) for tensor in found))

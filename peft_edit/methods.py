@@ -22,8 +22,8 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Every step of the published search, and none of what the ridge solution leaves unwritten.
-_ALL_STEPS = {"early_stopping": "none", "search_optimizer": "adam", "refinements": 0}
+# Every step of the published search, for each fact by itself, and none of what the ridge solution leaves unwritten.
+_ALL_STEPS = {"early_stopping": "none", "search_optimizer": "adam", "refinements": 0, "joint_search": False}
 
 METHODS: Mapping[str, Method] = {
     "encore": Method("MPES, ridge on all facts so far, penalty on the cumulative norm", "arXiv 2502.01636"),
@@ -68,6 +68,12 @@ METHODS: Mapping[str, Method] = {
     "ultraedit": Method(
         "no search: value gradients normalised by statistics of all facts so far, ridge on the batch alone",
         "arXiv 2505.14679",
-        {"update": "normalized", "preservation_weight": 0.0, "norm_penalty": 1.0, "refinements": 0},
+        {
+            "update": "normalized",
+            "preservation_weight": 0.0,
+            "norm_penalty": 1.0,
+            "refinements": 0,
+            "joint_search": False,
+        },
     ),
 }

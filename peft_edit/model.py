@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from .memory import EditMemory, EditRecord
 from .mixed_batches import adapter_per_sample
 from .placing import check_located, locate_and_move
 from .report import EditReport
+from .shared_keys import found_on_top
 from .statistics import KeyStatistics
 from .stream import FactStream
 
@@ -322,6 +324,9 @@ class EditModel(BaseTuner):
     ) -> list[EditRecord]:
         """Takes facts out: the delta becomes that of an adapter whose memory never had them. No search is needed.
 
+        Facts that were written later under the same key (the same subject behind the same words) were searched on top
+        of them; a warning names those.
+
         Args:
             facts: Ids, facts or mappings (by subject and prompt), or records.
             adapter_name (`str`, *optional*): The adapter; by default the active one.
@@ -341,6 +346,14 @@ class EditModel(BaseTuner):
         if memory is not None and found:
             with transaction(self, name):
                 solve_all(self, name, memory.without({record.id for record in found}))
+            kept = found_on_top(found, self.peft_config[name].memory.records)
+            if kept:
+                warnings.warn(
+                    f"{len(kept)} fact(s), first {kept[0].filled_prompt!r}, were written on top of a removed one with "
+                    "the same key (the same subject behind the same words) and keep some of it: edit them again to be "
+                    "rid of that.",
+                    stacklevel=2,
+                )
         return found
 
     def set_norm_budget(self, norm_budget: float | None, adapter_name: str | None = None) -> None:

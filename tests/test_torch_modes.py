@@ -43,9 +43,7 @@ def test_facts_are_edited_where_gradients_are_off(mode):
 def test_a_model_made_in_inference_mode_is_refused():
     with torch.inference_mode():
         model = wrapped()
-    with pytest.raises(
-        RuntimeError, match=r"made in torch.inference_mode\(\), so that no gradient can pass"
-    ):
+    with pytest.raises(RuntimeError, match=r"made in torch.inference_mode\(\), so that no gradient can pass"):
         edit(model, town_facts(1))
 
 

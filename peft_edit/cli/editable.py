@@ -21,6 +21,7 @@ CHANGEABLE = (
     "norm_budget",
     "norm_penalty",
     "early_stopping",
+    "joint_search",
     "mpes_extra_steps",
     "refinements",
     "sufficient_probability",

@@ -71,11 +71,18 @@ def search_groups(prompts: Sequence[FactPrompts], settings: SearchSettings) -> l
 
     What a fact's search finds depends, by rounding, on the facts that are run beside it, and a fact at a tie may stop
     a step sooner or later for it. Groups are the same for any number of processes, and so is what they find. Their
-    number is a power of two, so that processes get equal shares.
+    number is a power of two, so that processes get equal shares; facts of other numbers of rows, which have companions
+    (`shared_keys.py`), make further groups.
     """
-    count = 1 << math.ceil(math.log2(max(1.0, len(prompts) / settings.most_in_group)))
-    order = sorted(range(len(prompts)), key=lambda place: _suffix_length(prompts[place]))
-    return [order[start::count] for start in range(count)]
+    by_rows: dict[int, list[int]] = {}
+    for place, each in enumerate(prompts):
+        by_rows.setdefault(len(each.rows), []).append(place)
+    groups = []
+    for places in by_rows.values():
+        count = 1 << math.ceil(math.log2(max(1.0, len(places) / settings.most_in_group)))
+        order = sorted(places, key=lambda place: _suffix_length(prompts[place]))
+        groups += [order[start::count] for start in range(count)]
+    return groups
 
 
 def search_targets(
