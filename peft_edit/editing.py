@@ -28,7 +28,7 @@ from .residual import ResidualPath, probe_residual_path
 from .scoring import score_targets
 from .search import FullForward, SearchResult, choose_forward, search_groups, search_targets
 from .sharded import runnable
-from .shared_keys import in_turns, text_up_to_subject, with_companions
+from .shared_keys import held_under_same_key, in_turns, with_companions
 from .solve import Unmet
 from .spreading import Spread
 from .statistics import KeyStatistics
@@ -266,15 +266,10 @@ class FactEditor:
         """The prompts, with those of facts that the adapter holds under the same key."""
         if not self.config.joint_search or self.settings.infers:
             return prompts
-        texts: dict[str, list[EditRecord]] = {text_up_to_subject(fact): [] for fact in facts}
-        for record in self.held.values():
-            texts.get(text_up_to_subject(record), []).append(record)
-        joined = []
-        for fact, own in zip(facts, prompts):
-            others = [record for record in texts[text_up_to_subject(fact)] if record.key != fact.key]
-            told = (Fact(record.subject, record.prompt, record.target) for record in others)
-            joined.append(with_companions(own, [self.encoder.encode_fact(each, self.contexts) for each in told]))
-        return joined
+        return [
+            with_companions(own, [self.encoder.encode_fact(other, self.contexts) for other in others])
+            for own, others in zip(prompts, held_under_same_key(facts, self.held.values()))
+        ]
 
     def _forget(self, memory: EditMemory, replaced: Sequence[EditRecord | None]) -> None:
         """The adapter as `memory` has it, without the facts that are about to be replaced."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from .facts import PLACEHOLDER
+from .facts import PLACEHOLDER, Fact
 from .memory import EditRecord
 from .prompts import FactPrompts
 
@@ -47,6 +47,21 @@ def in_turns(facts: Sequence[Asked]) -> list[list[int]]:
             turns.append([])
         turns[turn].append(place)
     return turns
+
+
+def held_under_same_key(facts: Sequence[Fact], held: Iterable[EditRecord]) -> list[list[Fact]]:
+    """For each fact those that an adapter holds under its key, oldest first; not the one that it replaces."""
+    sharing: dict[str, list[EditRecord]] = {text_up_to_subject(fact): [] for fact in facts}
+    for record in held:
+        sharing.get(text_up_to_subject(record), []).append(record)
+    return [
+        [
+            Fact(record.subject, record.prompt, record.target)
+            for record in sharing[text_up_to_subject(fact)]
+            if record.key != fact.key
+        ]
+        for fact in facts
+    ]
 
 
 def with_companions(prompts: FactPrompts, companions: Iterable[FactPrompts]) -> FactPrompts:
