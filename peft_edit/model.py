@@ -380,7 +380,7 @@ class EditModel(BaseTuner):
         """Collects key statistics of the base model for the adapter's modules and gives them to the adapter.
 
         Args:
-            texts: Strings, mappings with "text", a `datasets.Dataset`, or token ids.
+            texts: An iterable of strings, mappings with "text" or token ids, such as a `datasets.Dataset`.
             tokenizer: The model's tokenizer.
             adapter_name (`str`, *optional*): The adapter; by default the active one.
             options: Further arguments of `peft_edit.collect_statistics`.
