@@ -85,6 +85,23 @@ def test_facts_of_a_dataset(tmp_path):
     assert facts[0].paraphrases == known[0].paraphrases
 
 
+def test_a_directory_that_is_no_dataset(fails, tmp_path):
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    write_facts(tmp_path / "deep" / "down" / "train.jsonl", load_tiny_facts()[:1])
+    fails("holds no data files (.jsonl, .json, ", "edit", "tiny", tmp_path, "-o", tmp_path / "out")
+    fails("name a file, or the directory of a dataset", "stats", "tiny", tmp_path, "-o", tmp_path / "out")
+
+
+def test_facts_with_unusual_line_separators(tmp_path):
+    for name, text in (
+        ("a.csv", "subject,prompt,target\nRen\u2028X,{} is,Oslo\n"),
+        ("a.jsonl", '{"subject": "Ren\u2028X", "prompt": "{} is", "target": "Oslo"}\n'),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (fact,) = read_facts(str(tmp_path / name)).sound()
+        assert fact.subject == "Ren\u2028X"
+
+
 def test_a_dataset_without_the_library(fails, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     fails("pip install 'peft-edit[eval]'", "edit", "tiny", "user/facts", "-o", tmp_path / "out")

@@ -22,6 +22,7 @@ SEPARATOR = " | "  # of the phrasings in one cell of a CSV file
 REQUIRED, OPTIONAL = ("subject", "prompt", "target"), ("target_true", "id")
 LISTS = ("paraphrases", "neighborhood")
 FILES = {".jsonl", ".json", ".csv", ".tsv", ".txt"}
+DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".zst", ".zip")
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -213,11 +214,25 @@ def load_dataset(source: str, subset: str | None, split: str, revision: str | No
         raise CliError(
             f"Reading the dataset '{source}' needs the datasets library: pip install 'peft-edit[eval]'."
         ) from error
+    folder = Path(source)
+    if folder.is_dir() and not _holds_data(folder, split):  # or every file below it would be looked at
+        raise CliError(
+            f"The directory '{source}' holds no data files ({', '.join(DATA_FILES)}), nor does a folder 'data' or "
+            f"'{split}' in it: name a file, or the directory of a dataset."
+        )
     try:
         return datasets.load_dataset(source, subset, split=split, streaming=True, revision=revision)
     except Exception as error:  # of many libraries, by the kind of the data files
         reason = explain_hub(error, source, revision) or f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise CliError(f"The dataset '{source}' cannot be read: {reason}") from error
+
+
+def _holds_data(folder: Path, split: str) -> bool:
+    """Whether this looks like the directory of a dataset: data files where they usually are, or a dataset's card."""
+    places = [place for place in (folder, folder / "data", folder / split) if place.is_dir()]
+    return any(path.suffix.lower() in DATA_FILES for place in places for path in place.iterdir()) or (
+        (folder / "README.md").is_file()
+    )
 
 
 def read_texts(
