@@ -163,6 +163,19 @@ def test_a_plan_changes_nothing(run, adapter, tmp_path):
     assert stages["search"] > 0 and found["seconds"]["total"] == pytest.approx(sum(stages.values()))
 
 
+def test_a_plan_of_a_run_to_resume_counts_what_is_left(run, adapter, facts_file, tmp_path):
+    output = tmp_path / "run"
+    adapter.rename(output.parent / "checkpoint-4")
+    output.mkdir()
+    (output.parent / "checkpoint-4").rename(output / "checkpoint-4")  # as an interrupted run leaves it
+    more = write_facts(tmp_path / "more.jsonl", load_tiny_facts()[: FACTS + 1])
+    found = document(run, "edit", "tiny", more, "-o", output, "--plan-only", "--resume")
+    assert found["adapter"] == str(output / "checkpoint-4")
+    assert found["facts"]["new"] == 1 and len(found["facts"]["held_already"]) == FACTS
+    fresh = document(run, "edit", "tiny", more, "-o", output, "--plan-only", *QUICK)
+    assert fresh["adapter"] is None and fresh["facts"]["new"] == FACTS + 1
+
+
 def test_a_plan_lists_every_bad_fact(run, tmp_path):
     good = fact_to_dict(load_tiny_facts()[0])
     lines = [

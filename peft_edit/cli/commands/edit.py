@@ -60,6 +60,8 @@ def run(args: argparse.Namespace, out: Output) -> Result:
     output = _output(args)
     check_statistics_named(args)
     facts = read_facts(args.facts, args.subset, args.split, args.data_revision, args.limit)
+    if args.plan_only and args.resume and output is not None:
+        held = find_checkpoint(output) or held  # what the run has written is in an adapter of its own
     if not args.plan_only:
         facts.sound()
     finished = _check_output(output, held, args, facts.facts)
