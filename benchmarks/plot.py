@@ -26,12 +26,14 @@ LABELS = {
 
 def plot_search(axes: Any, files: dict[str, Path]) -> None:
     """Edits per second of each way, one group of bars for each file."""
+    named: set[str] = set()
     for place, path in enumerate(files.values()):
         rows = json.loads(path.read_text())["rows"]
         for shift, row in enumerate(rows):
             speed, way = 1 / row["seconds_per_edit"], row["way"]
             height = place + 0.21 * (shift - (len(rows) - 1) / 2)
-            axes.barh(height, speed, height=0.2, color=COLOURS[way], label=LABELS[way] if place == 0 else None)
+            axes.barh(height, speed, height=0.2, color=COLOURS[way], label=None if way in named else LABELS[way])
+            named.add(way)
             axes.text(speed, height, f" {speed:.2g}", va="center", fontsize=7)
     axes.set_yticks(range(len(files)), list(files), fontsize=7)
     axes.set(xlabel="edits per second (log)", xscale="log")
